@@ -1,0 +1,1 @@
+"""Models, data and training of the recommendation scaling-law laboratory."""

@@ -1,0 +1,1 @@
+"""Attention kernels of generative recommenders; depends on jax alone."""
