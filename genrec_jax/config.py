@@ -1,0 +1,191 @@
+"""The whole of a trial in one tree of frozen dataclasses that round-trips to JSON."""
+
+import dataclasses
+import hashlib
+import json
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from genrec_jax.batch import Shape
+from genrec_jax.errors import UserError
+from genrec_jax.models import registry
+from genrec_jax.models.base import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which rows are cut from a dataset folder.
+
+    path: folder made by ``genrec data import``. history: N, events a model may look back on. candidates: K per request.
+    segments: how many short histories may share one row. validation, test: shares of events, by global time (ranking;
+    retrieval holds out each user's last two events instead). fraction: share of users whose events are trained on.
+    eval_impressions: evaluate on at most this many impressions, the same ones for every architecture.
+    workers: processes that build batches ahead of the step (0: threads).
+    """
+
+    path: str = ""
+    history: int = 64
+    candidates: int = 8
+    segments: int = 1
+    validation: float = 0.1
+    test: float = 0.1
+    fraction: float = 1.0
+    eval_impressions: int = 32768
+    workers: int = 0
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.history, self.candidates, self.segments)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How a trial is trained; AdamW, linear warm-up, cosine decay to zero at the trial's own last step.
+
+    batch_rows: rows per step. epochs: passes over the training rows (ignored if ``steps`` is set). steps: optimiser
+    steps. warmup: share of the steps. embedding_learning_rate and embedding_weight_decay: the rule for tables.
+    clip: largest global gradient norm. precision: compute type; parameters and optimiser state stay float32.
+    log_every, checkpoint_every: in steps.
+    """
+
+    batch_rows: int = 32
+    epochs: float = 1.0
+    steps: int = 0
+    learning_rate: float = 1e-3
+    embedding_learning_rate: float = 1e-3
+    warmup: float = 0.05
+    weight_decay: float = 0.01
+    embedding_weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.98
+    clip: float = 1.0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    log_every: int = 50
+    checkpoint_every: int = 500
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One training run: data, architecture, training, seed. Its name is the hash of this tree."""
+
+    data: DataConfig
+    model: ModelConfig
+    train: TrainConfig = TrainConfig()
+    seed: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        record = dataclasses.asdict(self)
+        record["model"] = {"name": self.model.name, **record["model"]}
+        return record
+
+    @property
+    def hash(self) -> str:
+        """Twelve hex digits of the resolved configuration."""
+        text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def default_trial(model: str, **data: Any) -> Trial:
+    """A trial of the named architecture with default values. Raises UserError for an unknown name."""
+    return Trial(data=DataConfig(**data), model=registry.config_type(model)())
+
+
+def trial_from_json(record: Mapping[str, Any]) -> Trial:
+    """The inverse of :meth:`Trial.to_json`. Raises UserError for an unknown key or a value of the wrong type."""
+    record = dict(record)
+    model = dict(record.get("model", {}))
+    if "name" not in model:
+        raise UserError("configuration key model.name is missing")
+    trial = default_trial(model.pop("name"))
+    flat = {"seed": record.pop("seed", 0)}
+    for section, values in {**record, "model": model}.items():
+        if not isinstance(values, Mapping):
+            raise UserError(f"unknown configuration key {section!r}")
+        flat.update({f"{section}.{key}": value for key, value in values.items()})
+    return override(trial, flat)
+
+
+def override(trial: Trial, values: Mapping[str, Any]) -> Trial:
+    """The trial with dotted keys replaced (``{"model.width": 64}``; strings are read as the field's type).
+
+    Raises UserError naming the key if it is unknown or its value has the wrong type, and checks the result.
+    """
+    for key, value in values.items():
+        trial = _set(trial, key.split("."), value, key)
+    check(trial)
+    return trial
+
+
+def _set(node: Any, path: list[str], value: Any, key: str) -> Any:
+    fields = {f.name for f in dataclasses.fields(node)}
+    if path[0] not in fields:
+        where = key.rpartition(".")[0]
+        raise UserError(f"unknown configuration key {key!r}; {where or 'a trial'} has: {', '.join(sorted(fields))}")
+    if len(path) > 1:
+        child = getattr(node, path[0])
+        if not dataclasses.is_dataclass(child):
+            raise UserError(f"unknown configuration key {key!r}: {path[0]} has no parts")
+        return dataclasses.replace(node, **{path[0]: _set(child, path[1:], value, key)})
+    hint = typing.get_type_hints(type(node))[path[0]]
+    if dataclasses.is_dataclass(hint):
+        raise UserError(f"configuration key {key!r} is a section; set one of its parts")
+    return dataclasses.replace(node, **{path[0]: _read(value, hint, key)})
+
+
+def _read(value: Any, hint: Any, key: str) -> Any:
+    """``value`` (typed, or the text of a flag) as the field's type."""
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        choices = typing.get_args(hint)
+        if value not in choices:
+            raise UserError(f"configuration key {key!r} must be one of {', '.join(map(str, choices))}, not {value!r}")
+        return value
+    if origin is tuple:
+        parts = value.split(",") if isinstance(value, str) else value
+        if not isinstance(parts, list | tuple):
+            raise UserError(f"configuration key {key!r} must be a list, not {value!r}")
+        return tuple(_read(p, typing.get_args(hint)[0], key) for p in parts if p != "")
+    if hint is bool:
+        named = {"true": True, "false": False}.get(str(value).lower())
+        if named is None:
+            raise UserError(f"configuration key {key!r} must be true or false, not {value!r}")
+        return named
+    try:
+        if hint is int and isinstance(value, float) and not value.is_integer():
+            raise ValueError
+        return hint(value)
+    except (TypeError, ValueError):
+        raise UserError(f"configuration key {key!r} must be of type {hint.__name__}, not {value!r}") from None
+
+
+def check(trial: Trial) -> None:
+    """Refuses impossible shapes and budgets with a UserError naming the key."""
+    data, train = trial.data, trial.train
+    positive = {
+        "data.history": data.history,
+        "data.candidates": data.candidates,
+        "data.segments": data.segments,
+        "data.eval_impressions": data.eval_impressions,
+        "train.batch_rows": train.batch_rows,
+        "train.learning_rate": train.learning_rate,
+        "train.embedding_learning_rate": train.embedding_learning_rate,
+        "train.clip": train.clip,
+        "train.log_every": train.log_every,
+        "train.checkpoint_every": train.checkpoint_every,
+    }
+    positive |= {"train.epochs": train.epochs} if train.steps == 0 else {"train.steps": train.steps}
+    for key, value in positive.items():
+        if not value > 0:
+            raise UserError(f"configuration key {key!r} must be positive, not {value}")
+    shares = {"data.fraction": data.fraction, "data.validation": data.validation, "data.test": data.test}
+    for key, value in shares.items():
+        if not 0 < value <= 1:
+            raise UserError(f"configuration key {key!r} must be in (0, 1], not {value}")
+    if data.validation + data.test >= 1:
+        raise UserError("configuration keys 'data.validation' and 'data.test' leave no events to train on")
+    if not 0 <= train.warmup < 1:
+        raise UserError(f"configuration key 'train.warmup' must be in [0, 1), not {train.warmup}")
+    if data.workers < 0 or trial.seed < 0:
+        raise UserError("configuration keys 'data.workers' and 'seed' must not be negative")
+    trial.model.check()

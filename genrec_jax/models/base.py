@@ -1,0 +1,74 @@
+"""What training and evaluation ask of an architecture."""
+
+import dataclasses
+from typing import ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from genrec_jax.batch import Batch, Shape
+from genrec_jax.data.schema import Schema
+from genrec_jax.nn.cost import Cost
+
+# How a training row is cut from the log: "requests" = one request's candidates with the history before it; "windows" =
+# disjoint windows of consecutive events, each supervised once; "users" = one row per user, the next item as target.
+Rows = Literal["requests", "windows", "users"]
+Goal = Literal["ranking", "retrieval"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Base of every architecture's configuration; ``name`` is its registry name."""
+
+    name: ClassVar[str]
+    rows: ClassVar[Rows] = "requests"
+    goal: ClassVar[Goal] = "ranking"
+
+    def check(self) -> None:
+        """Raises UserError naming the ``model.`` key if the sizes are impossible."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Build:
+    """What the data decides: the schema, the static row shape and the compute type (float32 or bfloat16)."""
+
+    schema: Schema
+    shape: Shape
+    dtype: jnp.dtype
+
+
+class Ranker(nnx.Module):
+    """Scores candidates. Rows, history and candidates have the shapes of :mod:`genrec_jax.batch`."""
+
+    def __call__(self, batch: Batch) -> jax.Array:
+        """Logits [B, C, A] float32 of every candidate and task, dropout off."""
+        raise NotImplementedError
+
+    def loss(self, batch: Batch, rngs: nnx.Rngs) -> tuple[jax.Array, jax.Array]:
+        """(sum over supervised targets of the mean-over-tasks loss, number of supervised targets), dropout on."""
+        raise NotImplementedError
+
+    def cost(self, shape: Shape) -> Cost:
+        """Cost of one forward pass over one row of the given shape, parameters included."""
+        raise NotImplementedError
+
+
+class Retriever(nnx.Module):
+    """Embeds users and items in one space; the score of an item is the dot product."""
+
+    def users(self, batch: Batch) -> jax.Array:
+        """[B, S, D] float32: each segment's state after its last history event."""
+        raise NotImplementedError
+
+    def items(self) -> jax.Array:
+        """[items, D] float32: every item's output embedding (row 0 is padding)."""
+        raise NotImplementedError
+
+    def loss(self, batch: Batch, rngs: nnx.Rngs) -> tuple[jax.Array, jax.Array]:
+        """(sum of next-item losses, number of supervised positions)."""
+        raise NotImplementedError
+
+    def cost(self, shape: Shape) -> Cost:
+        """Cost of one forward pass over one row, loss included."""
+        raise NotImplementedError

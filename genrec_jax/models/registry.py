@@ -1,0 +1,45 @@
+"""Architectures by name."""
+
+from collections.abc import Callable
+
+from flax import nnx
+
+from genrec_jax.errors import UserError
+from genrec_jax.models.base import Build, ModelConfig, Ranker, Retriever
+
+Model = Ranker | Retriever
+Builder = Callable[..., Model]  # (config, build, *, rngs)
+_MODELS: dict[str, tuple[type[ModelConfig], Builder]] = {}
+
+
+def register(config: type[ModelConfig]) -> Callable[[type], type]:
+    """Class decorator: the model built from ``config``, known by ``config.name``."""
+
+    def add(model: type) -> type:
+        _MODELS[config.name] = (config, model)
+        return model
+
+    return add
+
+
+def names() -> list[str]:
+    _import_all()
+    return sorted(_MODELS)
+
+
+def config_type(name: str) -> type[ModelConfig]:
+    """The configuration class of an architecture. Raises UserError for an unknown name."""
+    _import_all()
+    if name not in _MODELS:
+        raise UserError(f"unknown model {name!r}; known models: {', '.join(names())}")
+    return _MODELS[name][0]
+
+
+def build(config: ModelConfig, build: Build, *, rngs: nnx.Rngs) -> Model:
+    """Builds the architecture that ``config`` describes for a dataset's schema and row shape."""
+    _import_all()
+    return _MODELS[config.name][1](config, build, rngs=rngs)
+
+
+def _import_all() -> None:
+    from genrec_jax.models import dcn, din, dirl, dlrm, hstu, hstu_retrieval, transformer  # noqa: F401

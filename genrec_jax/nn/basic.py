@@ -1,0 +1,76 @@
+"""Linear maps, normalisation and MLPs that state their cost."""
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from genrec_jax.nn.cost import Cost, total
+
+Activation = Callable[[jax.Array], jax.Array]
+
+
+class Linear(nnx.Linear):
+    """``y = x W + b`` over the last axis."""
+
+    def cost(self, rows: int) -> Cost:
+        """Cost of applying the map to ``rows`` vectors."""
+        params = self.in_features * self.out_features + (self.out_features if self.use_bias else 0)
+        item = jnp.dtype(self.dtype or jnp.float32).itemsize
+        return Cost(
+            flops=2.0 * rows * self.in_features * self.out_features,
+            dense_params=params,
+            activation_bytes=float(rows * self.in_features * item),
+        )
+
+
+class LayerNorm(nnx.LayerNorm):
+    """Layer normalisation; statistics in float32. FLOPs are not counted (memory-bound, below 1 % of a block)."""
+
+    def cost(self, rows: int) -> Cost:
+        params = self.num_features * (int(self.use_scale) + int(self.use_bias))
+        item = jnp.dtype(self.dtype or jnp.float32).itemsize
+        return Cost(dense_params=params, activation_bytes=float(rows * self.num_features * item))
+
+
+def dropout(x: jax.Array, rate: float, rngs: nnx.Rngs | None) -> jax.Array:
+    """Inverted dropout when ``rngs`` is given (training), the identity otherwise."""
+    if rngs is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(rngs.dropout(), 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
+
+
+class MLP(nnx.Module):
+    """Hidden layers with an activation after each, and a linear last layer unless ``activate_last``."""
+
+    def __init__(
+        self,
+        inputs: int,
+        widths: Sequence[int],
+        *,
+        activation: Activation = jax.nn.relu,
+        activate_last: bool = False,
+        dropout: float = 0.0,
+        dtype: jnp.dtype | None = None,
+        rngs: nnx.Rngs,
+    ):
+        sizes = [inputs, *widths]
+        self.layers = nnx.List(
+            [Linear(a, b, dtype=dtype, rngs=rngs) for a, b in itertools.pairwise(sizes)]
+        )
+        self.activation = activation
+        self.activate_last = activate_last
+        self.dropout = dropout
+
+    def __call__(self, x: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
+        for i, layer in enumerate(self.layers):
+            x = layer(x)
+            if i + 1 < len(self.layers) or self.activate_last:
+                x = dropout(self.activation(x), self.dropout, rngs)
+        return x
+
+    def cost(self, rows: int) -> Cost:
+        return total([layer.cost(rows) for layer in self.layers])

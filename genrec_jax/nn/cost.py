@@ -1,0 +1,37 @@
+"""The accounts every block must enter: FLOPs, parameters and activation bytes, stated beside its equations.
+
+Conventions: a multiply-add is 2 FLOPs; causal attention counts half the square; embedding rows are parameters, not
+FLOPs; training is three times the forward pass.
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Cost of one forward pass over one row of a batch.
+
+    flops: forward floating-point operations; dense_params and embedding_params: scalars held; embedding_reads: embedding
+    scalars read for the row (with dense_params these are the row's active parameters); activation_bytes: bytes kept
+    for the backward pass without rematerialisation.
+    """
+
+    flops: float = 0.0
+    dense_params: int = 0
+    embedding_params: int = 0
+    embedding_reads: int = 0
+    activation_bytes: float = 0.0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(
+            self.flops + other.flops,
+            self.dense_params + other.dense_params,
+            self.embedding_params + other.embedding_params,
+            self.embedding_reads + other.embedding_reads,
+            self.activation_bytes + other.activation_bytes,
+        )
+
+
+def total(costs: list[Cost]) -> Cost:
+    """The sum of blocks that each hold their own parameters."""
+    return sum(costs, Cost())
