@@ -1,0 +1,45 @@
+# Two commands do everything on a fresh clone: `make quickstart` and `make test`. Set-up is part of each.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+QUICK_DATA := data/synthetic-quick
+
+help:
+	@echo "make quickstart  set up, run a small GR-vs-DLRM study on a synthetic world, write report.html"
+	@echo "make test        set up, lint, type-check and run the tests"
+	@echo "make lint        ruff and mypy"
+	@echo "make bench       speed and memory of this machine (docs/benchmarks)"
+
+# A Python 3.12 from .python-version (pyenv), from python3.12 on the path, or from uv, in that order.
+$(READY): pyproject.toml constraints.txt
+	@if python3.12 --version >/dev/null 2>&1; then python3.12 -m venv $(VENV); \
+	elif python3 -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null; then python3 -m venv $(VENV); \
+	elif command -v uv >/dev/null; then uv venv --quiet --allow-existing --seed --python 3.12 $(VENV); \
+	else echo "error: no Python 3.12 was found: install it (pyenv, your package manager, or uv) and run make again" >&2; exit 2; fi
+	@echo "installing packages into $(VENV) (about a minute)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+setup: $(READY)
+
+quickstart: $(READY)
+	$(BIN)/genrec data synthetic --preset quick --out $(QUICK_DATA)
+	$(BIN)/genrec sweep quickstart --data $(QUICK_DATA) --workers 2 --out runs/quickstart
+	$(BIN)/genrec report runs/quickstart --out report.html
+	@echo "open report.html"
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest -n 2
+
+bench: $(READY)
+	$(BIN)/genrec bench
+
+.PHONY: help setup quickstart lint test bench

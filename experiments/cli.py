@@ -1,0 +1,260 @@
+"""The ``genrec`` command. Heavy imports happen inside the commands: ``genrec fit`` needs no jax."""
+
+import contextlib
+import functools
+import io
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from rich.console import Console
+
+from genrec_jax.errors import UserError
+from scaling.table import TableError
+
+Many = tyro.conf.UseAppendAction
+Positional = tyro.conf.Positional
+
+
+def data_import(
+    files: Positional[tuple[Path, ...]] = (),
+    *,
+    out: Path,
+    user: str | None = None,
+    item: str | None = None,
+    time: str | None = None,
+    label: Many[tuple[str, ...]] = (),
+    request: str | None = None,
+    user_feature: Many[tuple[str, ...]] = (),
+    item_feature: Many[tuple[str, ...]] = (),
+    event_feature: Many[tuple[str, ...]] = (),
+    time_unit: Literal["s", "ms", "us", "ns"] = "s",
+    promise_sorted: bool = False,
+    mapping: Path | None = None,
+    quiet: bool = False,
+) -> None:
+    """Read a log (parquet, CSV, TSV, or a folder of a known dataset) into a dataset folder.
+
+    Args:
+        files: Log files with the same columns, or one folder of MovieLens, Amazon Beauty or Globo.
+        out: Dataset folder to write.
+        user: Column of user ids.
+        item: Column of item ids.
+        time: Column of event times.
+        label: A task, NAME=COL, NAME=COL>=X or NAME=COL==X; repeat for several.
+        request: Column of request ids: events shown together.
+        user_feature: Column with a categorical feature of the user; repeat for several.
+        item_feature: Column with a categorical feature of the item; repeat for several.
+        event_feature: Column with a categorical feature of the event; repeat for several.
+        time_unit: Unit of the time column.
+        promise_sorted: Refuse the log if a user's times ever go back.
+        mapping: TOML file with the same settings.
+        quiet: No progress bar.
+    """
+    from genrec_jax.data import importer
+
+    importer.import_command(
+        files,
+        out,
+        mapping_file=mapping,
+        columns={"user": user, "item": item, "time": time, "request": request},
+        labels=label,
+        user_features=user_feature,
+        item_features=item_feature,
+        event_features=event_feature,
+        time_unit=time_unit,
+        promise_sorted=promise_sorted,
+        quiet=quiet,
+    )
+    data_show(out)
+
+
+def data_synthetic(*, out: Path, preset: str = "small", seed: int = 0, processes: int = 1, quiet: bool = False) -> None:
+    """Generate a synthetic world whose Bayes-optimal NE is known.
+
+    Args:
+        out: Dataset folder to write.
+        preset: Named size of the world.
+        seed: Seed of the world.
+        processes: Worker processes; the bits do not depend on it.
+        quiet: No progress bar.
+    """
+    from genrec_jax.data import synthetic
+
+    synthetic.generate_command(preset, seed, out, processes=processes, quiet=quiet)
+    data_show(out)
+
+
+def data_show(data: Positional[Path]) -> None:
+    """Print what a dataset folder holds.
+
+    Args:
+        data: Dataset folder.
+    """
+    from genrec_jax.data.importer import describe
+
+    console = Console(highlight=False)
+    for key, value in describe(data).items():
+        console.print(f"{key:>16}  {value}")
+
+
+def train(
+    *,
+    data: Path,
+    model: str,
+    out: Path,
+    set: Many[tuple[str, ...]] = (),
+    quiet: bool = False,
+) -> None:
+    """Train one trial and write its folder; run again to resume.
+
+    Args:
+        data: Dataset folder, or the folder of a known raw dataset.
+        model: Architecture by name.
+        out: Folder of the trial.
+        set: dotted.key=value of the configuration; repeat for several.
+        quiet: Plain lines instead of a progress bar.
+    """
+    from experiments.trial import train_command
+
+    train_command(data, model, set, out, quiet=quiet)
+
+
+def sweep(
+    name: Positional[str],
+    *,
+    data: Path,
+    budget: Literal["small", "medium", "large"] = "small",
+    workers: int = 1,
+    out: Path | None = None,
+    dry_run: bool = False,
+    quiet: bool = False,
+) -> None:
+    """Run a study of experiments/ and write its table and report; run again to finish an interrupted one.
+
+    Args:
+        name: Study by name.
+        data: Dataset folder, or the folder of a known raw dataset.
+        budget: Size of the study.
+        workers: Trials at a time.
+        out: Folder of the study (default: runs/NAME-DATASET-BUDGET).
+        dry_run: Print every trial with its FLOPs, memory and expected time, and run nothing.
+        quiet: Plain lines instead of a live table.
+    """
+    from experiments.run import run_named
+
+    sys.exit(run_named(name, data, budget, workers=workers, out=out, dry_run=dry_run, quiet=quiet))
+
+
+def fit(
+    tables: Positional[tuple[Path, ...]],
+    *,
+    json: Path | None = None,
+    y: str | None = None,
+    x: str = "train_flops",
+    group: str = "family",
+) -> None:
+    """Fit scaling laws to results tables and print them with 95 % intervals.
+
+    Args:
+        tables: CSV or JSONL tables, or folders of studies.
+        json: Write parameters, intervals and warnings here.
+        y: Metric column (default: ne, else logloss, else hr@10).
+        x: Column of the compute axis.
+        group: Column that tells the curves apart.
+    """
+    import scaling
+
+    scaling.fit_command(list(tables), y=y, x=x, group=group, out=json)
+
+
+def report(runs: Positional[tuple[Path, ...]], *, out: Path) -> None:
+    """Write one self-contained HTML report of studies or results tables.
+
+    Args:
+        runs: Folders of studies, or results tables.
+        out: HTML file to write.
+    """
+    from experiments.run import write_report
+
+    write_report(list(runs), out)
+
+
+def bench(name: Positional[str] = "all") -> None:
+    """Measure speed and memory on this machine (docs/benchmarks says how to read it).
+
+    Args:
+        name: Benchmark by name, or all.
+    """
+    from experiments.bench import run
+
+    run(name)
+
+
+_DATA: dict[str, Callable[..., Any]] = {"import": data_import, "synthetic": data_synthetic, "show": data_show}
+_COMMANDS: dict[str, Callable[..., Any]] = {
+    "train": train,
+    "sweep": sweep,
+    "fit": fit,
+    "report": report,
+    "bench": bench,
+}
+
+
+def _data() -> None:
+    """Import, generate or show datasets: genrec data {import,synthetic,show}."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point. A mistake of the user's is one sentence on stderr and exit code 2."""
+    given = list(sys.argv[1:] if args is None else args)
+    try:
+        if given[:1] == ["data"]:
+            _parse(_DATA, given[1:], "genrec data")
+        else:
+            _parse({"data": _data, **_COMMANDS}, given, "genrec")
+    except (UserError, TableError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _parse(commands: dict[str, Callable[..., Any]], args: list[str], prog: str) -> None:
+    """Runs the subcommand; what the parser says in a box is said in one line instead."""
+    parsed: list[Callable[[], Any]] = []
+
+    def deferred(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def keep(*values: Any, **named: Any) -> None:
+            parsed.append(lambda: function(*values, **named))
+
+        return keep
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            tyro.extras.subcommand_cli_from_dict(
+                {name: deferred(f) for name, f in commands.items()},
+                prog=prog,
+                args=args,
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UserError(_sentence(said.getvalue(), prog)) from None
+    parsed[0]()
+
+
+def _sentence(box: str, prog: str) -> str:
+    """The first statement of the parser's boxed message."""
+    lines = [re.sub(r"[╭╮╰╯│─]", " ", line).strip() for line in box.splitlines()]
+    text = " ".join(line for line in lines if line)
+    text = re.sub(r"^(Parsing error|Required options|Unrecognized options)\s*", "", text)
+    text = text.split(" For full helptext")[0].strip(" .:")
+    return f"{text} (see {prog} --help)"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""``genrec train``: one trial in one folder, with a progress bar."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from genrec_jax.config import Trial, default_trial, override
+from genrec_jax.data.importer import resolve
+from genrec_jax.errors import UserError
+
+
+def parse_settings(settings: Sequence[str]) -> dict[str, str]:
+    """``["model.width=64"]`` as a mapping. Raises UserError for a setting without "="."""
+    out = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key:
+            raise UserError(f"--set {setting!r} is not of the form dotted.key=value")
+        out[key.strip()] = value.strip()
+    return out
+
+
+def train_command(data: Path, model: str, settings: Sequence[str], out: Path, *, quiet: bool) -> None:
+    """Trains (or resumes) the trial and prints its result."""
+    trial = override(default_trial(model), parse_settings(settings))
+    trial = override(trial, {"data.path": str(resolve(data, quiet=quiet))})
+    _refuse_other_trial(trial, out)
+
+    from genrec_jax.train.cache import enable_compilation_cache
+    from genrec_jax.train.loop import train
+
+    enable_compilation_cache()
+    console = Console(highlight=False)
+    if quiet:
+        result = train(trial, out, on_progress=lambda record: print(_line(record), flush=True))
+    else:
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+        with Progress(*columns, console=console) as progress:
+            bar = progress.add_task(model, total=None, rate="compiling")
+
+            def show(record: dict[str, Any]) -> None:
+                rate = f"loss {record['loss']:.4f}  {record['examples_per_second']:.0f} targets/s"
+                progress.update(bar, completed=record["step"], total=record["steps"], rate=rate)
+
+            result = train(trial, out, on_progress=show)
+    for key in ("status", "train_flops", "train_seconds", "ne", "auc", "gauc", "hr@10", "ndcg@10", "mrr"):
+        if key in result:
+            value = result[key]
+            console.print(f"{key:>14}  {value:.6g}" if isinstance(value, float) else f"{key:>14}  {value}")
+
+
+def _line(record: dict[str, Any]) -> str:
+    return f"step {record['step']}/{record['steps']} loss {record['loss']:.4f} {record['examples_per_second']:.0f} targets/s"
+
+
+def _refuse_other_trial(trial: Trial, out: Path) -> None:
+    """A folder belongs to one trial for good: mixing two would corrupt its record."""
+    import json
+
+    config = out / "config.json"
+    if config.exists() and json.loads(config.read_text(encoding="utf-8")) != json.loads(json.dumps(trial.to_json())):
+        raise UserError(f"{config} belongs to a trial with another configuration; choose another --out")

@@ -1,0 +1,96 @@
+"""Which events are trained on, and which are evaluated.
+
+Ranking splits by global time: an event belongs to a part by its own time against two boundaries, so nothing trained on
+is later than anything evaluated. Retrieval holds out each user's last two events, as sequential-recommendation papers
+do (Kang & McAuley, SASRec, ICDM 2018). Either way a part is one contiguous range of every user's events.
+"""
+
+import dataclasses
+from typing import Literal
+
+import numpy as np
+
+from genrec_jax.data.sequences import Sequences
+from genrec_jax.errors import UserError
+
+Part = Literal["train", "validation", "test"]
+PARTS: tuple[Part, ...] = ("train", "validation", "test")
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Part ``p`` of user ``u`` is the events ``bounds[p, u]:bounds[p + 1, u]``; bounds [4, U] int64."""
+
+    bounds: np.ndarray
+
+    def ranges(self, part: Part) -> tuple[np.ndarray, np.ndarray]:
+        """(start, stop) [U] int64 of every user's events in the part; equal where the user has none."""
+        index = PARTS.index(part)
+        return self.bounds[index], self.bounds[index + 1]
+
+
+def split_by_time(sequences: Sequences, validation: float, test: float) -> Split:
+    """Splits all events by two times, so that the parts hold about ``1 - validation - test``, ``validation``, ``test``.
+
+    An event exactly at a boundary belongs to the later part, with every other event of that second: ties never
+    straddle. Raises UserError naming the dataset and the part if a part is empty.
+    """
+    events = sequences.events
+    if events == 0:
+        raise UserError(f"dataset {sequences.name!r} has no events")
+    time = np.asarray(sequences.time)
+    ranks = [min(round(share * events), events - 1) for share in (1 - validation - test, 1 - test)]
+    boundaries = np.partition(time, ranks)[ranks]
+    first, last = sequences.offsets[:-1], sequences.offsets[1:]
+    # A user's events are in time order, so counting those before a boundary finds where the part begins.
+    cuts = [first + _count_per_user(time < boundary, sequences.offsets) for boundary in boundaries]
+    split = Split(np.stack([first, *cuts, last]).astype(np.int64))
+    _refuse_empty(sequences, split, "its times leave none; change data.validation or data.test")
+    return split
+
+
+def split_last_two(sequences: Sequences) -> Split:
+    """Holds out each user's last event (test) and second-last (validation).
+
+    A user with fewer than three events would be evaluated on no or hardly any history: all of its events are
+    training. Raises UserError naming the dataset and the part if a part is empty.
+    """
+    first, last = sequences.offsets[:-1], sequences.offsets[1:]
+    held = (last - first >= 3).astype(np.int64)
+    split = Split(np.stack([first, last - 2 * held, last - held, last]).astype(np.int64))
+    _refuse_empty(sequences, split, "no user has three events or more")
+    return split
+
+
+def kept_users(users: int, fraction: float) -> np.ndarray:
+    """[users] bool: the share of users that are trained on. Fixed, and nested: a smaller share is a subset."""
+    return hash64(np.arange(users), 0xDA7A) < np.uint64(int(fraction * (2**64 - 1)))
+
+
+def hash64(value: np.ndarray, salt: int | np.ndarray = 0) -> np.ndarray:
+    """Splitmix64 of each value (Steele et al., OOPSLA 2014): uint64, the same on every machine and version.
+
+    ``value`` has at least one dimension (numpy warns of a scalar's wrap-around, not of an array's).
+    """
+    x = value.astype(np.uint64)
+    x += np.asarray([salt]).reshape(np.shape(salt) or (1,)).astype(np.uint64) * np.uint64(0xD1342543DE82EF95)
+    x += np.uint64(0x9E3779B97F4A7C15)
+    x ^= x >> np.uint64(30)
+    x *= np.uint64(0xBF58476D1CE4E5B9)
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return x
+
+
+def _count_per_user(flags: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """[U] number of true flags among each user's events (reduceat would miscount users without events)."""
+    total = np.concatenate([np.zeros(1, np.int64), np.cumsum(flags, dtype=np.int64)])
+    return total[offsets[1:]] - total[offsets[:-1]]
+
+
+def _refuse_empty(sequences: Sequences, split: Split, reason: str) -> None:
+    for part in PARTS:
+        start, stop = split.ranges(part)
+        if not (stop > start).any():
+            raise UserError(f"dataset {sequences.name!r} has no {part} events: {reason}")

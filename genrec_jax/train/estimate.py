@@ -1,0 +1,103 @@
+"""What a trial will cost, known before it runs."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from genrec_jax.batch import Shape
+from genrec_jax.config import Trial
+from genrec_jax.data.pipeline import TrainStream
+from genrec_jax.data.sequences import Sequences, load
+from genrec_jax.models import registry
+from genrec_jax.models.base import Build
+from genrec_jax.models.registry import Model
+from genrec_jax.nn.cost import Cost
+from genrec_jax.train.hardware import matmul_peak
+
+# Share of the machine's matmul rate that small ladder models reach on a CPU; only sets the expected time of a dry run.
+_TYPICAL_UTILISATION = 0.10
+
+
+@dataclasses.dataclass(frozen=True)
+class Account:
+    """A trial's entry on the compute axis; every count is for the whole run unless its name says otherwise.
+
+    steps, rows, targets: trained. flops_per_target: training FLOPs (3 x forward) per supervised target.
+    flops_per_candidate: forward FLOPs per scored candidate at K candidates per request. train_flops: 3 x forward FLOPs
+    of every row trained, padding included. active_params: dense parameters plus embedding scalars read per row.
+    memory_bytes: parameters, gradients, two moments and one batch's activations.
+    """
+
+    steps: int
+    rows: int
+    targets: int
+    flops_per_target: float
+    flops_per_candidate: float
+    train_flops: float
+    dense_params: int
+    embedding_params: int
+    active_params: int
+    activation_bytes: float
+    memory_bytes: float
+
+
+def build_model(trial: Trial, sequences: Sequences, rngs: nnx.Rngs) -> Model:
+    build = Build(sequences.schema, trial.data.shape, jnp.dtype(trial.train.precision))
+    return registry.build(trial.model, build, rngs=rngs)
+
+
+def train_steps(trial: Trial, stream: TrainStream) -> int:
+    return trial.train.steps or max(1, round(trial.train.epochs * stream.steps_per_epoch))
+
+
+def account(trial: Trial, model: Model, stream: TrainStream) -> Account:
+    """Adds up the blocks' own statements of cost."""
+    row = model.cost(trial.data.shape)
+    scoring = model.cost(Shape(trial.data.history, trial.data.candidates))
+    steps = train_steps(trial, stream)
+    rows = steps * trial.train.batch_rows
+    targets = round(rows * stream.targets / stream.rows)
+    train_flops = 3.0 * row.flops * rows
+    return Account(
+        steps=steps,
+        rows=rows,
+        targets=targets,
+        flops_per_target=train_flops / max(targets, 1),
+        flops_per_candidate=scoring.flops / trial.data.candidates,
+        train_flops=train_flops,
+        dense_params=row.dense_params,
+        embedding_params=row.embedding_params,
+        active_params=row.dense_params + row.embedding_reads,
+        activation_bytes=row.activation_bytes * trial.train.batch_rows,
+        memory_bytes=_memory(row, trial.train.batch_rows),
+    )
+
+
+def _memory(row: Cost, batch_rows: int) -> float:
+    return 16.0 * (row.dense_params + row.embedding_params) + row.activation_bytes * batch_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """For a dry run: training FLOPs, bytes, expected seconds on this machine, and the account behind them."""
+
+    flops: float
+    memory_bytes: float
+    seconds: float
+    account: Account
+
+
+def estimate(trial: Trial) -> Estimate:
+    """Counts a trial without allocating its parameters. Raises UserError for a missing dataset or impossible shape."""
+    sequences = load(trial.data.path)
+    stream = TrainStream(sequences, trial.data, trial.model.rows, trial.train.batch_rows, seed=trial.seed)
+    counts: list[Account] = []
+
+    def abstract() -> None:
+        counts.append(account(trial, build_model(trial, sequences, nnx.Rngs(0)), stream))
+
+    jax.eval_shape(abstract)
+    seconds = counts[0].train_flops / (_TYPICAL_UTILISATION * matmul_peak())
+    return Estimate(counts[0].train_flops, counts[0].memory_bytes, seconds, counts[0])

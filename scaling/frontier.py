@@ -1,0 +1,182 @@
+"""Compare two families on one compute axis: frontier, equal-quality compute ratio, slopes, crossing.
+
+Every number comes from two fitted curves and their joint bootstrap draws (independent between families,
+so draw i of one is paired with draw i of the other). Nothing is extrapolated: a ratio is given only for a
+quality inside BOTH observed ranges, a slope only over the compute both families cover.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from scaling.bootstrap import Bootstrap, interval
+from scaling.fit import CurveFit, Points
+from scaling.laws import Curves
+from scaling.table import BoolArray, FloatArray
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family's points, its headline curve, and the curve's bootstrap (None without residual freedom)."""
+
+    name: str
+    points: Points
+    fit: CurveFit
+    boot: Bootstrap | None
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """R(q) = C_base(q) / C_new(q): how many times less compute `new` needs for the quality q.
+
+    `quality`, `ratio`, `low`, `high` are (m,), the limits NaN without a bootstrap and infinite where draws of the base
+    never reach q; `reason` says why the arrays are empty.
+    """
+
+    base: str
+    new: str
+    quality: FloatArray
+    ratio: FloatArray
+    low: FloatArray
+    high: FloatArray
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Base against new: ratio over quality, difference in metric per decade of x, and where the curves cross.
+
+    `slope_range` is the x range both cover; `slopes` are (base, new) per decade over it; `crossing` is the x at which
+    new overtakes base (or the reverse) inside the union of both ranges, `crossing_share` the share of draws that cross.
+    """
+
+    ratio: Ratio
+    slope_range: Interval | None
+    slopes: Interval | None
+    slope_difference: float | None
+    slope_interval: Interval | None
+    crossing: float | None
+    crossing_interval: Interval | None
+    crossing_share: float | None
+
+
+def pareto(x: FloatArray, y: FloatArray, *, rising: bool) -> BoolArray:
+    """Mask (n,) of the points no other point beats with as little x: the lower (or upper) envelope."""
+    y = -y if rising else y
+    order = np.lexsort((y, x))
+    best = np.minimum.accumulate(y[order])
+    keep = np.zeros(len(x), dtype=bool)
+    keep[order] = np.concatenate([[True], y[order][1:] < best[:-1]])
+    return keep
+
+
+def observed_quality(family: Family) -> Interval:
+    """The metric range a family's curve takes inside its observed x, cut to the metric it was seen to reach."""
+    ends = family.fit.at(np.array([family.points.x.min(), family.points.x.max()]))
+    mean = family.points.mean
+    return float(max(ends.min(), mean.min())), float(min(ends.max(), mean.max()))
+
+
+def compute_ratio(base: Family, new: Family, n: int = 41) -> Ratio:
+    """R(q) on n qualities inside both observed ranges; empty with a reason where those do not overlap."""
+    (low_a, high_a), (low_b, high_b) = observed_quality(base), observed_quality(new)
+    low, high = max(low_a, low_b), min(high_a, high_b)
+    if not low < high:
+        empty = np.empty(0)
+        reason = f"no quality is inside both observed ranges ({base.name} and {new.name} do not overlap)"
+        return Ratio(base.name, new.name, empty, empty, empty, empty, reason)
+    q = np.linspace(low, high, n)
+    # The inverse of a near-flat curve may fall outside the observed compute by rounding: the ends are clipped.
+    log_base = _inside(base, base.fit.curves.inverse(q)[0])
+    log_new = _inside(new, new.fit.curves.inverse(q)[0])
+    lows, highs = np.full(n, np.nan), np.full(n, np.nan)
+    if base.boot is not None and new.boot is not None:
+        draws = _difference(base.boot.draws.inverse(q), new.boot.draws.inverse(q))
+        for j in range(n):
+            lows[j], highs[j] = (np.exp(min(limit, 700.0)) for limit in interval(draws[:, j]))
+    return Ratio(base.name, new.name, q, np.exp(log_base - log_new), lows, highs)
+
+
+def compare(base: Family, new: Family) -> Comparison:
+    """All comparisons of two families fitted to the same metric on the same x."""
+    slope_range = _common(base, new)
+    slopes = difference = slope_interval = None
+    if slope_range is not None:
+        slopes = _steepness(base, slope_range), _steepness(new, slope_range)
+        difference = slopes[1] - slopes[0]
+        if base.boot is not None and new.boot is not None:
+            slope_interval = interval(_slope(new.boot.draws, slope_range) - _slope(base.boot.draws, slope_range))
+    crossing, crossing_interval, share = _crossing(base, new)
+    return Comparison(
+        ratio=compute_ratio(base, new),
+        slope_range=slope_range,
+        slopes=slopes,
+        slope_difference=difference,
+        slope_interval=slope_interval,
+        crossing=crossing,
+        crossing_interval=crossing_interval,
+        crossing_share=share,
+    )
+
+
+def slope_per_decade(family: Family) -> tuple[float, Interval | None]:
+    """The mean change of the metric per tenfold x over the family's own range, with its interval."""
+    ends = float(family.points.x.min()), float(family.points.x.max())
+    value = _steepness(family, ends)
+    return value, interval(_slope(family.boot.draws, ends)) if family.boot else None
+
+
+def _steepness(family: Family, ends: Interval) -> float:
+    return float(_slope(family.fit.curves, ends)[0])
+
+
+def _slope(curves: Curves, ends: Interval) -> FloatArray:
+    values = curves.at(np.array(ends))
+    return (values[:, 1] - values[:, 0]) / np.log10(ends[1] / ends[0])
+
+
+def _common(base: Family, new: Family) -> Interval | None:
+    low = max(float(base.points.x.min()), float(new.points.x.min()))
+    high = min(float(base.points.x.max()), float(new.points.x.max()))
+    return (low, high) if low < high else None
+
+
+def _inside(family: Family, log_x: FloatArray) -> FloatArray:
+    return np.clip(log_x, np.log(family.points.x.min()), np.log(family.points.x.max()))
+
+
+def _difference(base: FloatArray, new: FloatArray) -> FloatArray:
+    """ln R of each draw; +inf where only the base never gets there, -inf where only the new one, 0 where neither."""
+    base, new = np.nan_to_num(base, nan=np.inf, posinf=np.inf), np.nan_to_num(new, nan=np.inf, posinf=np.inf)
+    never = np.isinf(base) & np.isinf(new)
+    return np.where(never, 0.0, np.where(never, 0.0, base) - np.where(never, 0.0, new))
+
+
+def _crossing(base: Family, new: Family) -> tuple[float | None, Interval | None, float | None]:
+    ends = [f.points.x for f in (base, new)]
+    grid = np.geomspace(min(x.min() for x in ends), max(x.max() for x in ends), 400)
+    points = _first_zero(new.fit.curves.at(grid) - base.fit.curves.at(grid), grid)
+    crossing = float(points[0]) if np.isfinite(points[0]) else None
+    if base.boot is None or new.boot is None:
+        return crossing, None, None
+    draws = _first_zero(new.boot.draws.at(grid) - base.boot.draws.at(grid), grid)
+    found = draws[np.isfinite(draws)]
+    share = len(found) / len(draws)
+    # An interval over few crossing draws would describe the exception: it is given only when most draws cross.
+    return crossing, interval(found) if crossing is not None and share >= 0.5 else None, share
+
+
+def _first_zero(gap: FloatArray, grid: FloatArray) -> FloatArray:
+    """The x (R,) of the first sign change of each row of gap (R, m), log-linear between grid points; NaN if none."""
+    change = np.signbit(gap[:, 1:]) != np.signbit(gap[:, :-1])
+    first = np.argmax(change, axis=1)
+    each = np.arange(len(gap))
+    left, right = gap[each, first], gap[each, first + 1]
+    width = np.where(left == right, 1.0, left - right)
+    share = np.clip(left / width, 0.0, 1.0)  # rows without a sign change are dropped below
+    log_x = np.log(grid[first]) + share * np.log(grid[first + 1] / grid[first])
+    return np.where(change.any(axis=1), np.exp(log_x), np.nan)

@@ -1,0 +1,130 @@
+"""An `Analysis` as plain JSON data: full precision, None for what does not exist."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from scaling.bootstrap import Bootstrap
+from scaling.fit import CurveFit
+from scaling.frontier import Comparison
+from scaling.laws import EQUATIONS, ESTIMATORS
+from scaling.study import Analysis, FamilyResult, Panel, finite
+
+
+def analysis_to_json(analysis: Analysis) -> dict[str, object]:
+    """See `Analysis.to_json`."""
+    return {
+        "metric": analysis.metric,
+        "x": analysis.x,
+        "group": analysis.group,
+        "higher_is_better": analysis.rising,
+        "interval_level": 0.95,
+        "bootstrap_draws": analysis.n_boot,
+        "bootstrap_seed": analysis.seed,
+        "trials": dict(analysis.counts),
+        "equations": dict(EQUATIONS),
+        "estimators": dict(ESTIMATORS),
+        "panels": [_panel(panel) for panel in analysis.panels],
+    }
+
+
+def _panel(panel: Panel) -> dict[str, object]:
+    return {
+        "study": panel.study,
+        "dataset": panel.dataset,
+        "x": panel.x,
+        "axis": panel.axis,
+        "families": [_family(family) for family in panel.families],
+        "comparisons": [_comparison(comparison) for comparison in panel.comparisons],
+    }
+
+
+def _family(family: FamilyResult) -> dict[str, object]:
+    points = family.points
+    return {
+        "name": family.name,
+        "configurations": len(points),
+        "runs": points.n_runs,
+        "decades": finite(points.decades),
+        "best": {
+            "label": points.labels[family.best] if points.labels else "",
+            "x": float(points.x[family.best]),
+            "value": float(points.mean[family.best]),
+            "seeds": len(points.runs[family.best]),
+        },
+        "points": [
+            {"label": label, "x": float(x), "mean": float(mean), "seeds": [float(v) for v in run]}
+            for label, x, mean, run in zip(points.labels, points.x, points.mean, points.runs)
+        ],
+        "form": family.chosen,
+        "bootstrap": family.boot.description if family.boot else None,
+        "change_per_decade": ({"value": family.slope[0], "interval": _pair(family.slope[1])} if family.slope else None),
+        "fits": {form: _fit(fit, family.boots[form]) for form, fit in family.fits.items()},
+        "predictions": [
+            {
+                "x": p.x,
+                "value": finite(p.value),
+                "curve_interval": _pair(p.curve),
+                "one_run_interval": _pair(p.one_run),
+                "extrapolation_factor": p.extrapolation,
+            }
+            for p in family.predictions
+        ],
+        "warnings": [{"code": w.code, "text": w.text} for w in family.warnings],
+    }
+
+
+def _fit(fit: CurveFit, boot: Bootstrap | None) -> dict[str, object]:
+    return {
+        "params": _numbers(fit.params),
+        "intervals": {name: _pair(pair) for name, pair in boot.params().items()} if boot else None,
+        "bootstrap": boot.method if boot else None,
+        "n": fit.n,
+        "rss": fit.rss,
+        "r2": finite(fit.r2),
+        "mape_percent": finite(fit.mape),
+        "aicc": finite(fit.aicc),
+        "held_out_mape_percent": finite(fit.held_out_mape),
+        "held_out": [
+            {
+                "cut": cut.cut,
+                "n_train": cut.n_train,
+                "n_test": cut.n_test,
+                "mape_percent": cut.mape,
+                "bias_percent": cut.bias,
+                "max_percent": cut.max_error,
+                "extrapolation_factor": cut.extrapolation,
+            }
+            for cut in fit.held_out
+        ],
+        "condition": finite(fit.condition),
+        "at_bound": list(fit.at_bound),
+    }
+
+
+def _comparison(comparison: Comparison) -> dict[str, object]:
+    ratio = comparison.ratio
+    return {
+        "base": ratio.base,
+        "new": ratio.new,
+        "compute_ratio": [
+            {"quality": float(q), "ratio": float(r), "interval": _pair((float(low), float(high)))}
+            for q, r, low, high in zip(ratio.quality, ratio.ratio, ratio.low, ratio.high)
+        ],
+        "compute_ratio_missing": ratio.reason or None,
+        "common_x": _pair(comparison.slope_range),
+        "change_per_decade": _pair(comparison.slopes),
+        "change_per_decade_difference": comparison.slope_difference,
+        "change_per_decade_interval": _pair(comparison.slope_interval),
+        "crossing": comparison.crossing,
+        "crossing_interval": _pair(comparison.crossing_interval),
+        "crossing_share": comparison.crossing_share,
+    }
+
+
+def _pair(pair: Iterable[float] | None) -> list[float | None] | None:
+    return [finite(float(value)) for value in pair] if pair is not None else None
+
+
+def _numbers(values: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: finite(value) for name, value in values.items()}

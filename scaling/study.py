@@ -1,0 +1,359 @@
+"""From a results table to fitted laws: the one analysis behind `genrec fit` and `genrec report`.
+
+The table is split into panels, one for each study, dataset and x; each panel holds one `FamilyResult` per
+family. Trials that diverged or failed are counted and shown, never fitted and never dropped in silence.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from scaling import laws
+from scaling.bootstrap import Bootstrap, bootstrap
+from scaling.fit import MAX_EXTRAPOLATION, CurveFit, Points, Warn, choose, fit_forms, fit_warnings
+from scaling.frontier import Comparison, Family, compare, pareto, slope_per_decade
+from scaling.table import BoolArray, FloatArray, Table, TableError
+
+# What makes two trials the same configuration, the seed apart.
+_DESIGN = [
+    "study",
+    "dataset",
+    "family",
+    "label",
+    "axis",
+    "axis_value",
+    "history",
+    "candidates",
+    "epochs",
+    "dense_params",
+    "learning_rate",
+    "embedding_learning_rate",
+    "batch_rows",
+    "warmup",
+    "decay",
+    "precision",
+]
+_FALLING = re.compile(r"(^|[^a-z])(ne|nll|mse|rmse|mae|bce|error|perplexity)([^a-z]|$)|loss|entropy")
+_BASELINES = re.compile(r"dlrm|dcn|deepfm|wukong|din|mlp")
+_CONSISTENT = (
+    ("flops_formula", "mixed_flops_formula", "the FLOPs were counted by different formulas"),
+    ("eval_set", "mixed_eval_set", "the metric comes from different evaluation sets"),
+)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The curve at one x beyond or inside the data: value, curve interval, and interval of one new run."""
+
+    x: float
+    value: float
+    curve: tuple[float, float] | None
+    one_run: tuple[float, float] | None
+    extrapolation: float
+
+
+@dataclass(frozen=True)
+class FamilyResult:
+    """One family in one panel: its points, every form fitted, the headline form, its bootstrap and its warnings.
+
+    `chosen` is None (and `boot` too) where the points carry no law; `best` indexes the best configuration.
+    """
+
+    name: str
+    points: Points
+    fits: dict[str, CurveFit]
+    chosen: str | None
+    boot: Bootstrap | None
+    boots: dict[str, Bootstrap | None]
+    best: int
+    slope: tuple[float, tuple[float, float] | None] | None
+    warnings: tuple[Warn, ...]
+    predictions: tuple[Prediction, ...]
+    table: Table
+
+    @property
+    def fit(self) -> CurveFit | None:
+        """The headline fit."""
+        return self.fits[self.chosen] if self.chosen else None
+
+    @property
+    def family(self) -> Family | None:
+        """The headline fit as the comparisons take it."""
+        return Family(self.name, self.points, self.fit, self.boot) if self.fit else None
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One study on one dataset against one x: `axis` names a swept axis, or is None for the compute law."""
+
+    study: str
+    dataset: str
+    metric: str
+    x: str
+    axis: str | None
+    families: tuple[FamilyResult, ...]
+    comparisons: tuple[Comparison, ...]
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Every panel of a table for one metric, with the counts of trials by status."""
+
+    metric: str
+    x: str
+    group: str
+    rising: bool
+    seed: int
+    n_boot: int
+    counts: dict[str, int]
+    panels: tuple[Panel, ...]
+
+    def to_json(self) -> dict[str, object]:
+        """Plain data with full-precision numbers; None stands for a value that does not exist."""
+        from scaling.serialise import analysis_to_json
+
+        return analysis_to_json(self)
+
+
+def higher_is_better(metric: str) -> bool:
+    """False for losses, errors and NE, True for every other metric (AUC, hit rate, NDCG, MRR, ...)."""
+    return _FALLING.search(metric.lower()) is None
+
+
+def default_metric(table: Table) -> str:
+    """The metric a report headlines: NE, else log loss, else HR@10, else the first metric column that has values."""
+    present = table.metrics()
+    for name in ("ne", "logloss", "hr@10"):
+        if name in present:
+            return name
+    if not present:
+        raise TableError("the table has no metric column with values (ne, logloss, auc, hr@10, ...)")
+    return present[0]
+
+
+def done(table: Table) -> BoolArray:
+    """Mask (rows,) of trials that finished; a table without a status column is all finished trials."""
+    return np.array([status == "done" for status in table.text("status", "done")], dtype=bool)
+
+
+def analyse(
+    table: Table,
+    metric: str | None = None,
+    *,
+    x: str = "train_flops",
+    group: str = "family",
+    form: str = "auto",
+    base: str | None = None,
+    frontier: bool = False,
+    n_boot: int = 1000,
+    seed: int = 0,
+    predict_at: Sequence[float] = (),
+    axes: bool = True,
+) -> Analysis:
+    """Fit every family of every study and dataset of a table.
+
+    Args:
+        table: the results.
+        metric: the column to explain; the default is `default_metric`.
+        x: the column it is explained by, positive.
+        group: the column whose values are the families.
+        form: "auto" (see `fit.choose`) or one of `laws.FORMS` for every family.
+        base: the family the others are compared with, wherever a panel has it; by default the worst classical ranker
+            there, else the family with the worst best metric.
+        frontier: fit only each family's envelope of best configurations at a given x.
+        n_boot: bootstrap draws per family.
+        seed: of the bootstrap.
+        predict_at: values of x at which each law is evaluated, with intervals.
+        axes: also fit the metric against `axis_value` for each swept axis.
+
+    Raises:
+        TableError: a column is missing, or no finished trial has both x and the metric.
+        ValueError: an unknown form.
+    """
+    if form != "auto" and form not in laws.FORMS:
+        raise ValueError(f"unknown form {form!r}: use auto, {', '.join(laws.FORMS)}")
+    metric = metric or default_metric(table)
+    table.require(metric, x, group)
+    rising = higher_is_better(metric)
+    settings = _Settings(metric, x, group, form, base, frontier, n_boot, seed, tuple(predict_at), rising)
+    if base is not None and base not in table.distinct(group):
+        raise TableError(f"no trial has {group} = {base!r} (there are: {', '.join(table.distinct(group))})")
+    usable = _usable(table, settings)
+    if not usable.any():
+        raise TableError(f"{table.origins[0].rsplit(', line', 1)[0]}: no finished trial has both {x!r} and {metric!r}")
+    panels: list[Panel] = []
+    for study, dataset, part in sections(table):
+        panels += _panels(part, study, dataset, settings, axes and x == "train_flops")
+    if not panels:
+        raise TableError(f"no trial has a positive {x!r}, so {metric!r} cannot be fitted against it")
+    statuses = table.text("status", "done")
+    counts = {status: statuses.count(status) for status in dict.fromkeys(statuses)}
+    return Analysis(metric, x, group, rising, seed, n_boot, counts, tuple(panels))
+
+
+def sections(table: Table) -> list[tuple[str, str, Table]]:
+    """The table split by (study, dataset), in first-seen order."""
+    keys = list(zip(table.text("study"), table.text("dataset")))
+    return [(*key, table.where(np.array([k == key for k in keys]))) for key in dict.fromkeys(keys)]
+
+
+@dataclass(frozen=True)
+class _Settings:
+    metric: str
+    x: str
+    group: str
+    form: str
+    base: str | None
+    frontier: bool
+    n_boot: int
+    seed: int
+    predict_at: tuple[float, ...]
+    rising: bool
+
+
+def _usable(table: Table, s: _Settings) -> BoolArray:
+    values, x = table.numbers(s.metric), table.numbers(s.x)
+    return done(table) & np.isfinite(values) & np.isfinite(x) & (x > 0)
+
+
+def _panels(part: Table, study: str, dataset: str, s: _Settings, axes: bool) -> list[Panel]:
+    found = [_panel(part, study, dataset, s, None)]
+    swept = [a for a in part.distinct("axis") if a not in {"compute", s.x}] if axes else []
+    if swept and "axis_value" in part.columns:
+        # A prediction is asked for in units of x, never of an axis.
+        along = _Settings(**{**s.__dict__, "x": "axis_value", "predict_at": (), "frontier": False})
+        found += [
+            _panel(part.where(np.array([a == axis for a in part.text("axis")])), study, dataset, along, axis)
+            for axis in swept
+        ]
+    return [panel for panel in found if panel.families]
+
+
+def _panel(part: Table, study: str, dataset: str, s: _Settings, axis: str | None) -> Panel:
+    names = part.text(s.group, "(unnamed)")
+    usable = _usable(part, s)
+    families = []
+    for i, name in enumerate(dict.fromkeys(names)):
+        own = np.array([n == name for n in names])
+        if (own & usable).any():
+            lost = int((own & ~usable).sum())
+            families.append(_family(name, part.where(own & usable), lost, s, s.seed + 7919 * i))
+    comparisons = _comparisons(families, s) if axis is None else []
+    return Panel(study, dataset, s.metric, s.x, axis, tuple(families), tuple(comparisons))
+
+
+def _family(name: str, own: Table, lost: int, s: _Settings, seed: int) -> FamilyResult:
+    points = configurations(own, s.metric, s.x)
+    if s.frontier:
+        keep = np.flatnonzero(pareto(points.x, points.mean, rising=s.rising))
+        points = Points(points.x[keep], tuple(points.runs[i] for i in keep), tuple(points.labels[i] for i in keep))
+    loss = not s.rising and bool(np.all(points.mean > 0))
+    fits = fit_forms(points, loss=loss)
+    chosen = (s.form if s.form in fits else None) if s.form != "auto" else (choose(fits) if fits else None)
+    boots = {f: bootstrap(points, fit, loss=loss, n_boot=s.n_boot, seed=seed) for f, fit in fits.items()}
+    boot = boots[chosen] if chosen else None
+    fit = fits[chosen] if chosen else None
+    predictions = tuple(_predict(points, fit, boot, at) for at in s.predict_at) if fit else ()
+    best = int(np.argmax(points.mean) if s.rising else np.argmin(points.mean))
+    return FamilyResult(
+        name=name,
+        points=points,
+        fits=fits,
+        chosen=chosen,
+        boot=boot,
+        boots=boots,
+        best=best,
+        slope=slope_per_decade(Family(name, points, fit, boot)) if fit else None,
+        warnings=tuple(_warnings(points, fits, fit, own, lost, predictions, s)),
+        predictions=predictions,
+        table=own,
+    )
+
+
+def configurations(table: Table, metric: str, x: str) -> Points:
+    """Group trials that differ only in their seed; x is averaged, the metric keeps each seed's value."""
+    columns = [c for c in (*_DESIGN, *((x,) if x == "axis_value" else ())) if c in table.columns]
+    keys = list(zip(*(table.text(c) for c in columns))) if columns else [(str(i),) for i in range(len(table))]
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for i, key in enumerate(keys):
+        groups.setdefault(key, []).append(i)
+    xs, ys, labels = table.numbers(x), table.numbers(metric), table.text("label")
+    order = sorted(groups.values(), key=lambda rows: float(np.mean(xs[rows])))
+    return Points(
+        x=np.array([float(np.mean(xs[rows])) for rows in order]),
+        runs=tuple(ys[rows] for rows in order),
+        labels=tuple(labels[rows[0]] for rows in order),
+    )
+
+
+def _predict(points: Points, fit: CurveFit, boot: Bootstrap | None, at: float) -> Prediction:
+    x = np.array([at])
+    curve = one_run = None
+    if boot is not None:
+        curve = _pair(boot.curve(x))
+        one_run = _pair(boot.prediction(x))
+    factor = max(at / float(points.x.max()), float(points.x.min()) / at, 1.0)
+    return Prediction(at, float(fit.at(x)[0]), curve, one_run, factor)
+
+
+def _pair(limits: tuple[FloatArray, FloatArray]) -> tuple[float, float]:
+    return float(limits[0][0]), float(limits[1][0])
+
+
+def _warnings(
+    points: Points,
+    fits: dict[str, CurveFit],
+    fit: CurveFit | None,
+    own: Table,
+    lost: int,
+    predictions: tuple[Prediction, ...],
+    s: _Settings,
+) -> list[Warn]:
+    found: list[Warn] = []
+    if fit is None:
+        asked = f"the form {s.form}" if s.form != "auto" else "any law"
+        found.append(Warn("no_fit", f"{len(np.unique(points.x))} distinct x are too few for {asked}"))
+    else:
+        found += fit_warnings(points, fit)
+    bent = fits.get("power_const")
+    if bent is not None and bent is not fit and bent.degenerate:
+        text = "power + constant degenerates (exponent at its bound): its asymptote has no meaning here"
+        found.append(Warn("at_bound", text))
+    if lost:
+        found.append(Warn("excluded_trials", f"{lost} trials are not in the fit (not done, or no value)"))
+    for column, code, text in _CONSISTENT:
+        if column in own.columns and len(own.distinct(column)) > 1:
+            found.append(Warn(code, f"{text} ({len(own.distinct(column))} distinct {column})"))
+    if "epochs" in own.columns and np.nanmax(own.numbers("epochs"), initial=0) > 1:
+        found.append(Warn("repeated_data", "some trials repeat their data (epochs > 1): the law assumes one pass"))
+    far = [p.extrapolation for p in predictions if p.extrapolation > MAX_EXTRAPOLATION]
+    if far:
+        found.append(Warn("far_extrapolation", f"a prediction is {max(far):.0f}x outside the observed x"))
+    return found
+
+
+def _comparisons(families: list[FamilyResult], s: _Settings) -> list[Comparison]:
+    fitted = [f for f in families if f.family is not None]
+    if len(fitted) < 2:
+        return []
+    base = _base(fitted, s)
+    return [compare(base, f.family) for f in fitted if f.family and f.name != base.name]
+
+
+def _base(fitted: list[FamilyResult], s: _Settings) -> Family:
+    classical = [f for f in fitted if _BASELINES.search(f.name.lower())]
+    sign = 1.0 if s.rising else -1.0
+    worst = min(classical or fitted, key=lambda f: sign * float(f.points.mean[f.best]))
+    chosen = next((f for f in fitted if f.name == s.base), worst).family
+    assert chosen is not None
+    return chosen
+
+
+def finite(value: float | None) -> float | None:
+    """The value, or None for what JSON cannot hold."""
+    return value if value is not None and math.isfinite(value) else None
