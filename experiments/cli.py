@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -54,37 +54,36 @@ def data_import(
         mapping: TOML file with the same settings.
         quiet: No progress bar.
     """
-    from genrec_jax.data import importer
+    from experiments.datasets import import_command
 
-    importer.import_command(
-        files,
-        out,
-        mapping_file=mapping,
-        columns={"user": user, "item": item, "time": time, "request": request},
-        labels=label,
-        user_features=user_feature,
-        item_features=item_feature,
-        event_features=event_feature,
-        time_unit=time_unit,
-        promise_sorted=promise_sorted,
-        quiet=quiet,
-    )
+    given = {"user": user, "item": item, "time": time, "request": request}
+    features = {"user_features": user_feature, "item_features": item_feature, "event_features": event_feature}
+    options = {"labels": label, "time_unit": time_unit, "promise_sorted": promise_sorted, **features}
+    import_command(files, out, given, options, mapping_file=mapping, quiet=quiet)
     data_show(out)
 
 
-def data_synthetic(*, out: Path, preset: str = "small", seed: int = 0, processes: int = 1, quiet: bool = False) -> None:
+def data_synthetic(
+    *,
+    out: Path,
+    name: Annotated[str, tyro.conf.arg(name="preset")] = "small",
+    seed: int = 0,
+    processes: int = 1,
+    quiet: bool = False,
+) -> None:
     """Generate a synthetic world whose Bayes-optimal NE is known.
 
     Args:
         out: Dataset folder to write.
-        preset: Named size of the world.
+        name: Named size of the world.
         seed: Seed of the world.
         processes: Worker processes; the bits do not depend on it.
         quiet: No progress bar.
     """
-    from genrec_jax.data import synthetic
+    from genrec_jax.data.synthetic import generate, preset
 
-    synthetic.generate_command(preset, seed, out, processes=processes, quiet=quiet)
+    with Console(stderr=True, quiet=quiet).status(f"generating the world {name!r}"):
+        generate(preset(name, seed=seed), out, processes=processes)
     data_show(out)
 
 
@@ -92,13 +91,12 @@ def data_show(data: Positional[Path]) -> None:
     """Print what a dataset folder holds.
 
     Args:
-        data: Dataset folder.
+        data: Dataset folder, or the folder of a known raw dataset.
     """
-    from genrec_jax.data.importer import describe
+    from genrec_jax.data.catalog import load_any
+    from genrec_jax.data.summary import describe, summary_table
 
-    console = Console(highlight=False)
-    for key, value in describe(data).items():
-        console.print(f"{key:>16}  {value}")
+    Console(highlight=False).print(summary_table(describe(load_any(data))))
 
 
 def train(

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from genrec_jax.config import Trial, default_trial, override
-from genrec_jax.data.importer import resolve
+from genrec_jax.data.catalog import load_any
 from genrec_jax.errors import UserError
 
 
@@ -26,7 +26,7 @@ def parse_settings(settings: Sequence[str]) -> dict[str, str]:
 def train_command(data: Path, model: str, settings: Sequence[str], out: Path, *, quiet: bool) -> None:
     """Trains (or resumes) the trial and prints its result."""
     trial = override(default_trial(model), parse_settings(settings))
-    trial = override(trial, {"data.path": str(resolve(data, quiet=quiet))})
+    trial = override(trial, {"data.path": str(load_any(data, quiet=quiet))})
     _refuse_other_trial(trial, out)
 
     from genrec_jax.train.cache import enable_compilation_cache

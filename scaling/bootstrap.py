@@ -135,8 +135,10 @@ def _pairs(points: Points, fit: CurveFit, loss: bool, n_boot: int, rng: np.rando
     for j, run in enumerate(points.runs):
         y[:, j] = run.mean()
         if len(run) > 1:
-            for drawn in np.flatnonzero(weights[:, j]):
-                y[drawn, j] = rng.choice(run, size=int(weights[drawn, j]) * len(run)).mean()
+            picked = weights[:, j].astype(np.int64) * len(run)
+            counts = rng.multinomial(picked, np.full(len(run), 1 / len(run)))
+            # A configuration that was not drawn has weight zero: its value is never looked at.
+            y[:, j] = np.where(picked > 0, counts @ run / np.maximum(picked, 1), y[:, j])
     return laws.solve(fit.form, points.x, y, weights, loss=loss)
 
 

@@ -7,6 +7,7 @@ quality inside BOTH observed ranges, a slope only over the compute both families
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,7 +98,8 @@ def compute_ratio(base: Family, new: Family, n: int = 41) -> Ratio:
     if base.boot is not None and new.boot is not None:
         draws = _difference(base.boot.draws.inverse(q), new.boot.draws.inverse(q))
         for j in range(n):
-            lows[j], highs[j] = (np.exp(min(limit, 700.0)) for limit in interval(draws[:, j]))
+            low_log, high_log = interval(draws[:, j])
+            lows[j], highs[j] = _exp(low_log), _exp(high_log)
     return Ratio(base.name, new.name, q, np.exp(log_base - log_new), lows, highs)
 
 
@@ -132,6 +134,11 @@ def slope_per_decade(family: Family) -> tuple[float, Interval | None]:
 
 def _steepness(family: Family, ends: Interval) -> float:
     return float(_slope(family.fit.curves, ends)[0])
+
+
+def _exp(log: float) -> float:
+    """e^log, infinite where float64 would overflow."""
+    return math.inf if log > 700 else math.exp(log)
 
 
 def _slope(curves: Curves, ends: Interval) -> FloatArray:

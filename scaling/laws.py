@@ -37,7 +37,7 @@ ESTIMATORS = {
 # The exponent is searched where b * (range of ln x) lies in these bounds. Below the first the curve differs from a
 # log-linear one by less than 1e-4 of its own span; above the second the law only describes the smallest run.
 _SPAN_LOW, _SPAN_HIGH, _EXPONENT_MAX = 1e-3, 40.0, 8.0
-_GRID, _ZOOM_POINTS, _ZOOMS = 257, 17, 14
+_GRID, _ZOOM_POINTS, _ZOOMS = 257, 17, 11
 _BLOCK = 2_000_000  # elements of one work array: keeps a thousand draws within tens of megabytes
 
 
@@ -78,7 +78,10 @@ class Curves:
         if self.form == "power":
             return {"a": np.exp(self.p - self.q * shift), "b": -self.q}
         scale = -self.q / self.b
-        return {"c": self.p - scale, "a": scale * np.exp(self.b * shift), "b": self.b}
+        constant = self.p - scale
+        # At the bound c = 0 the difference of two equal numbers leaves rounding: it is the zero it stands for.
+        constant = np.where(np.abs(constant) <= 1e-12 * np.abs(self.p), 0.0, constant)
+        return {"c": constant, "a": scale * np.exp(self.b * shift), "b": self.b}
 
 
 def basis(u: FloatArray, b: FloatArray) -> FloatArray:

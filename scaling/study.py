@@ -325,7 +325,7 @@ def _warnings(
         text = "power + constant degenerates (exponent at its bound): its asymptote has no meaning here"
         found.append(Warn("at_bound", text))
     if lost:
-        found.append(Warn("excluded_trials", f"{lost} trials are not in the fit (not done, or no value)"))
+        found.append(Warn("excluded_trials", f"trials left out of the fit (not done, or no value): {lost}"))
     for column, code, text in _CONSISTENT:
         if column in own.columns and len(own.distinct(column)) > 1:
             found.append(Warn(code, f"{text} ({len(own.distinct(column))} distinct {column})"))

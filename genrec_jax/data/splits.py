@@ -64,7 +64,8 @@ def split_last_two(sequences: Sequences) -> Split:
 
 def kept_users(users: int, fraction: float) -> np.ndarray:
     """[users] bool: the share of users that are trained on. Fixed, and nested: a smaller share is a subset."""
-    return hash64(np.arange(users), 0xDA7A) < np.uint64(int(fraction * (2**64 - 1)))
+    uniform = (hash64(np.arange(users), 0xDA7A) >> np.uint64(11)) * 2.0**-53
+    return uniform < fraction
 
 
 def hash64(value: np.ndarray, salt: int | np.ndarray = 0) -> np.ndarray:
@@ -73,7 +74,7 @@ def hash64(value: np.ndarray, salt: int | np.ndarray = 0) -> np.ndarray:
     ``value`` has at least one dimension (numpy warns of a scalar's wrap-around, not of an array's).
     """
     x = value.astype(np.uint64)
-    x += np.asarray([salt]).reshape(np.shape(salt) or (1,)).astype(np.uint64) * np.uint64(0xD1342543DE82EF95)
+    x += np.atleast_1d(np.asarray(salt, np.uint64)) * np.uint64(0xD1342543DE82EF95)
     x += np.uint64(0x9E3779B97F4A7C15)
     x ^= x >> np.uint64(30)
     x *= np.uint64(0xBF58476D1CE4E5B9)

@@ -44,5 +44,7 @@ def evaluate(
         return retrieval.result()
     ranking = metrics.RankingMetrics(tasks)
     for batch in batches:
-        ranking.add(np.asarray(scorer(params, batch)), batch)
+        real = np.asarray(batch.candidates.segment) > 0
+        users = metrics.candidate_users(batch)
+        ranking.add(np.asarray(scorer(params, batch)), np.asarray(batch.candidates.labels), real, users)
     return ranking.result()

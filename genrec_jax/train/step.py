@@ -45,10 +45,11 @@ def make_step(model: Model, optimizer: optax.GradientTransformation) -> Step:
     """(state, batch) -> (next state, {loss: mean per target, targets, grad_norm}); the given state is consumed."""
 
     def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
-        rngs = nnx.Rngs(jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step))
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
         def mean_loss(params: Any) -> tuple[jax.Array, jax.Array]:
-            total, targets = bind(model, params).loss(batch, rngs)
+            # Made here, not outside: its counter may only change at the trace level that made it.
+            total, targets = bind(model, params).loss(batch, nnx.Rngs(key))
             return total / jnp.maximum(targets, 1), targets
 
         (loss, targets), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)

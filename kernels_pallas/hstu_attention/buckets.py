@@ -41,8 +41,17 @@ def thresholds() -> np.ndarray:
 def time_bucket(query_time: jax.Array, key_time: jax.Array) -> jax.Array:
     """Bucket (int32, 0..73) of the distance of two int32 times in seconds, elementwise with broadcasting.
 
-    The distance is taken in uint32, where it cannot overflow even between the two ends of int32.
+    The distance is taken in uint32, where it cannot overflow even between the two ends of int32. A float32 logarithm
+    guesses the bucket to within one, and the thresholds on either side of the guess decide.
     """
     later = jnp.maximum(query_time, key_time).astype(jnp.uint32)
     earlier = jnp.minimum(query_time, key_time).astype(jnp.uint32)
-    return jnp.searchsorted(jnp.asarray(thresholds()), later - earlier, side="right").astype(jnp.int32)
+    distance = jnp.maximum(later - earlier, 1)
+    last = len(thresholds())
+    guess = (jnp.log(distance.astype(jnp.float32)) * (1 / _WIDTH)).astype(jnp.int32)
+    guess = jnp.clip(guess, 0, last)
+    entries = np.concatenate([[0], thresholds(), [_LARGEST]]).astype(np.uint32)  # bucket b begins at entries[b]
+    begins = jnp.asarray(entries)
+    too_high = distance < begins.at[guess].get(mode="promise_in_bounds")
+    too_low = distance >= begins.at[guess + 1].get(mode="promise_in_bounds")
+    return jnp.minimum(guess - too_high + too_low, last)

@@ -5,13 +5,15 @@ T × T is kept for the backward pass: scores are recomputed block by block from 
 """
 
 import functools
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.hstu_attention.plan import Plan, joint_table, row_blocks
+from kernels_pallas.hstu_attention.plan import BLOCK, Plan, joint_table, row_blocks
 
+# Scores of one block and chunk, all heads together, in elements: 1 MiB in float32.
+_TILE_ELEMENTS = 2**18
 _HIDDEN = -1e30  # score of a masked pair: SiLU and its slope are exactly 0 there, and so is exp after a row maximum
 
 
@@ -19,7 +21,18 @@ class Rule(NamedTuple):
     """How products become weights; the only place where the two operations differ."""
 
     kind: Literal["silu", "softmax"]
-    scale: float
+    scale: float  # on the products of queries and keys
+    factor: float  # on the output
+
+
+class _Inputs(NamedTuple):
+    """What a chunk of rows is computed from; every leaf has the batch as its first axis."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    real: jax.Array  # bool [B, T], False for padding
+    codes: tuple[jax.Array, ...]
 
 
 def _weigh(rule: Rule, scores: jax.Array) -> jax.Array:
@@ -41,59 +54,133 @@ def _pull(rule: Rule, scores: jax.Array, upstream: jax.Array) -> tuple[jax.Array
     return weights, weights * (upstream - mean)
 
 
+def _chunk_rows(batch: int, heads: int, length: int) -> int:
+    """Rows of the batch worked on at a time, a divisor of ``batch``.
+
+    On a CPU the score tiles of a chunk must stay in the second-level caches: twice the speed of the whole batch at
+    once, which goes through memory for every elementwise step. Elsewhere the whole batch is one chunk.
+    """
+    if jax.default_backend() != "cpu":
+        return batch
+    tile = max(1, heads * min(BLOCK, length) * length)
+    fitting = max(1, _TILE_ELEMENTS // tile)
+    return max((rows for rows in range(1, min(fitting, batch) + 1) if batch % rows == 0), default=1)
+
+
+def _chunked(arrays: Any, rows: int) -> Any:
+    """Splits the leading axis B of every leaf into [B / rows, rows]."""
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] // rows, rows, *x.shape[1:]), arrays)
+
+
+def _clean(x: jax.Array, real: jax.Array) -> jax.Array:
+    """[b, T, H, D] with padding tokens zeroed, whatever they hold (NaN included), in at least float32."""
+    return jnp.where(real[:, :, None, None], x, 0).astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _features_first(x: jax.Array) -> jax.Array:
+    """[b, T, H, D] -> [b, H, D, T].
+
+    With tokens innermost the small products of a block have the orientation that XLA's CPU matrix products run two
+    to four times faster than the others.
+    """
+    return x.transpose(0, 2, 3, 1)
+
+
+def _tokens_first(x: jax.Array) -> jax.Array:
+    """[b, H, D, T] -> [b, T, H, D]."""
+    return x.transpose(0, 3, 1, 2)
+
+
 def _block_scores(rule: Rule, q: jax.Array, k_t: jax.Array, table: jax.Array, code: jax.Array) -> jax.Array:
-    """Scores [B, H, rows, keys] of one block from q [B, H, rows, D], k_t [B, H, D, keys], code [B, rows, keys]."""
+    """Scores [b, H, rows, keys] of one block from q [b, H, rows, D], k_t [b, H, D, keys], code [b, rows, keys]."""
     bias = table.at[code].get(mode="promise_in_bounds")
     return rule.scale * (q @ k_t) + bias[:, None]
 
 
-def _swap(x: jax.Array) -> jax.Array:
-    return jnp.swapaxes(x, -1, -2)
+def _forward_chunk(rule: Rule, table: jax.Array, inputs: _Inputs) -> jax.Array:
+    """Output [b, T, H, Dv] for a chunk of rows."""
+    real, codes = inputs.real, inputs.codes
+    q = _clean(inputs.q, real).transpose(0, 2, 1, 3)
+    k_t, v_t = (_features_first(_clean(x, real)) for x in (inputs.k, inputs.v))
+    out = []
+    for rows, code in zip(row_blocks(q.shape[2]), codes):
+        columns = slice(0, rows.stop)
+        scores = _block_scores(rule, q[:, :, rows], k_t[..., columns], table, code)
+        out.append(jnp.einsum("bhdj,bhij->bhdi", v_t[..., columns], _weigh(rule, scores)))
+    result = _tokens_first(jnp.concatenate(out, axis=3))
+    return jnp.where(real[:, :, None, None], rule.factor * result, 0).astype(inputs.v.dtype)
+
+
+def _backward_chunk(
+    rule: Rule, table: jax.Array, d_table: jax.Array, inputs: _Inputs, d_out: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    """Cotangents of q, k, v for a chunk of rows, and ``d_table`` with the chunk's share added."""
+    real, codes = inputs.real, inputs.codes
+    q_t, k_t, v_t = (_features_first(_clean(x, real)) for x in (inputs.q, inputs.k, inputs.v))
+    g_t = _features_first(rule.factor * _clean(d_out, real))
+    q, g = jnp.swapaxes(q_t, 2, 3), jnp.swapaxes(g_t, 2, 3)
+    d_q, d_k, d_v = [], jnp.zeros_like(k_t), jnp.zeros_like(v_t)
+    for rows, code in zip(row_blocks(q.shape[2]), codes):
+        columns = slice(0, rows.stop)
+        scores = _block_scores(rule, q[:, :, rows], k_t[..., columns], table, code)
+        upstream = g[:, :, rows] @ v_t[..., columns]
+        weights, d_scores = _pull(rule, scores, upstream)
+        # Heads are added one by one: as a chain of sums it fuses, as a reduction it would be a pass of its own.
+        d_bias = functools.reduce(jnp.add, (d_scores[:, head] for head in range(q.shape[1])))
+        d_table = d_table.at[code].add(d_bias, mode="promise_in_bounds")
+        d_q.append(jnp.einsum("bhdj,bhij->bhdi", k_t[..., columns], d_scores))
+        d_k = d_k.at[..., columns].add(jnp.einsum("bhdi,bhij->bhdj", q_t[..., rows], d_scores))
+        d_v = d_v.at[..., columns].add(jnp.einsum("bhdi,bhij->bhdj", g_t[..., rows], weights))
+    wanted = (rule.scale * jnp.concatenate(d_q, axis=3), rule.scale * d_k, d_v)
+    d_qkv = tuple(
+        jnp.where(real[:, :, None, None], _tokens_first(d), 0).astype(x.dtype)
+        for d, x in zip(wanted, (inputs.q, inputs.k, inputs.v))
+    )
+    return d_table, (d_qkv[0], d_qkv[1], d_qkv[2])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(
-    rule: Rule, q_t: jax.Array, k_t: jax.Array, v_t: jax.Array, table: jax.Array, codes: tuple[jax.Array, ...]
+    rule: Rule,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    table: jax.Array,
+    real: jax.Array,
+    codes: tuple[jax.Array, ...],
 ) -> jax.Array:
-    """Attention of q_t, k_t [B, H, D, T] and v_t [B, H, Dv, T] under the joint table: [B, H, Dv, T].
-
-    Features come before tokens because the small products of a block then have the orientation that XLA's CPU
-    matrix products run two to four times faster than the others.
-    """
-    q = _swap(q_t)
-    out = []
-    for rows, code in zip(row_blocks(q_t.shape[3]), codes):
-        columns = slice(0, rows.stop)
-        scores = _block_scores(rule, q[:, :, rows], k_t[..., columns], table, code)
-        out.append(jnp.einsum("bhdj,bhij->bhdi", v_t[..., columns], _weigh(rule, scores)))
-    return jnp.concatenate(out, axis=3) if out else jnp.zeros_like(v_t)
+    """Attention of q, k [B, T, H, D] and v [B, T, H, Dv] under the joint table: [B, T, H, Dv]."""
+    rows = _chunk_rows(q.shape[0], q.shape[2], q.shape[1])
+    inputs = _chunked(_Inputs(q, k, v, real, codes), rows)
+    return jax.lax.map(lambda chunk: _forward_chunk(rule, table, chunk), inputs).reshape(v.shape)
 
 
-_Residuals = tuple[jax.Array, jax.Array, jax.Array, jax.Array, tuple[jax.Array, ...]]
+_Residuals = tuple[_Inputs, jax.Array]
 
 
 def _attend_forward(
-    rule: Rule, q_t: jax.Array, k_t: jax.Array, v_t: jax.Array, table: jax.Array, codes: tuple[jax.Array, ...]
+    rule: Rule,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    table: jax.Array,
+    real: jax.Array,
+    codes: tuple[jax.Array, ...],
 ) -> tuple[jax.Array, _Residuals]:
-    return _attend(rule, q_t, k_t, v_t, table, codes), (q_t, k_t, v_t, table, codes)
+    return _attend(rule, q, k, v, table, real, codes), (_Inputs(q, k, v, real, codes), table)
 
 
 def _attend_backward(
-    rule: Rule, residuals: _Residuals, d_out_t: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, None]:
-    q_t, k_t, v_t, table, codes = residuals
-    q, d_out = _swap(q_t), _swap(d_out_t)
-    d_q, d_k, d_v, d_table = [], jnp.zeros_like(k_t), jnp.zeros_like(v_t), jnp.zeros_like(table)
-    for rows, code in zip(row_blocks(q_t.shape[3]), codes):
-        columns = slice(0, rows.stop)
-        scores = _block_scores(rule, q[:, :, rows], k_t[..., columns], table, code)
-        upstream = d_out[:, :, rows] @ v_t[..., columns]
-        weights, d_scores = _pull(rule, scores, upstream)
-        d_table = d_table.at[code].add(d_scores.sum(1), mode="promise_in_bounds")
-        d_q.append(rule.scale * jnp.einsum("bhdj,bhij->bhdi", k_t[..., columns], d_scores))
-        d_k = d_k.at[..., columns].add(rule.scale * jnp.einsum("bhdi,bhij->bhdj", q_t[..., rows], d_scores))
-        d_v = d_v.at[..., columns].add(jnp.einsum("bhdi,bhij->bhdj", d_out_t[..., rows], weights))
-    return jnp.concatenate(d_q, axis=3) if d_q else jnp.zeros_like(q_t), d_k, d_v, d_table, None
+    rule: Rule, residuals: _Residuals, d_out: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, None, None]:
+    inputs, table = residuals
+    batch, length, heads, _ = inputs.q.shape
+    chunks = _chunked((inputs, d_out), _chunk_rows(batch, heads, length))
+    d_table, d_qkv = jax.lax.scan(
+        lambda carry, chunk: _backward_chunk(rule, table, carry, *chunk), jnp.zeros_like(table), chunks
+    )
+    d_q, d_k, d_v = (d.reshape(batch, *d.shape[2:]) for d in d_qkv)
+    return d_q, d_k, d_v, d_table, None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -101,7 +188,6 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 def _run(
     rule: Rule,
-    factor: float,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -109,15 +195,10 @@ def _run(
     position_bias: jax.Array | None,
     time_bias: jax.Array | None,
 ) -> jax.Array:
-    """Cleans padding, moves tokens innermost, attends, and multiplies the result by ``factor``."""
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
-    # Padding may hold anything, NaN included; zero it before it meets a product. The second where also keeps the
-    # cotangent of padding rows out of the backward pass.
-    real = (plan.tokens.segment != 0)[:, :, None, None]
-    moved = [jnp.where(real, x, 0).astype(dtype).transpose(0, 2, 3, 1) for x in (q, k, v)]
-    table = joint_table(position_bias, time_bias, _HIDDEN, dtype)
-    out = _attend(rule, *moved, table, plan.codes).transpose(0, 3, 1, 2)
-    return jnp.where(real, factor * out, 0).astype(v.dtype)
+    if v.size == 0:
+        return jnp.zeros_like(v)
+    table = joint_table(position_bias, time_bias, _HIDDEN, jnp.promote_types(q.dtype, jnp.float32))
+    return _attend(rule, q, k, v, table, plan.tokens.segment != 0, plan.codes)
 
 
 def hstu(
@@ -132,7 +213,7 @@ def hstu(
     time_bias: jax.Array | None,
 ) -> jax.Array:
     """See `api.hstu_attention`."""
-    return _run(Rule("silu", alpha), 1 / divisor, q, k, v, plan, position_bias, time_bias)
+    return _run(Rule("silu", alpha, 1 / divisor), q, k, v, plan, position_bias, time_bias)
 
 
 def softmax(
@@ -146,4 +227,4 @@ def softmax(
     time_bias: jax.Array | None,
 ) -> jax.Array:
     """See `api.softmax_attention`."""
-    return _run(Rule("softmax", scale), 1.0, q, k, v, plan, position_bias, time_bias)
+    return _run(Rule("softmax", scale, 1.0), q, k, v, plan, position_bias, time_bias)

@@ -1,0 +1,51 @@
+"""Importing a click log: seconds and peak resident memory, in a process of its own."""
+
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+_CLICKS, _USERS, _ITEMS = 2_988_181, 322_897, 46_033  # the size of Globo's log
+
+
+def stand_in(folder: Path) -> Path:
+    """A random log with the size and columns of Globo's, for machines without it."""
+    rng = np.random.default_rng(0)
+    user = np.sort(rng.integers(0, _USERS, _CLICKS)).astype(np.int32)
+    columns = {
+        "user_id": user,
+        "session_id": np.repeat(np.arange(_CLICKS // 2 + 1), 2)[:_CLICKS],
+        "click_article_id": (rng.zipf(1.3, _CLICKS) % _ITEMS).astype(np.int32),
+        "click_timestamp": 1_506_825_423_271 + np.cumsum(rng.integers(0, 800, _CLICKS)),
+    }
+    names = ("environment", "deviceGroup", "os", "country", "region", "referrer_type")
+    columns |= {f"click_{name}": rng.integers(1, 20, _CLICKS).astype(np.int32) for name in names}
+    pl.DataFrame(columns).write_parquet(folder / "clicks.parquet")
+    return folder
+
+
+def measure(log: Path, out: Path) -> dict[str, float]:
+    """Imports in this process; peak resident memory counts everything the process ever held."""
+    from genrec_jax.data.importer import import_command
+
+    start = time.perf_counter()
+    import_command((log,), out, quiet=True)
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+
+
+def run(data: Path | None = None) -> dict[str, float]:
+    """Imports ``data`` (a Globo folder), or a stand-in of its size, in a fresh process; medians of three."""
+    import json
+    import statistics
+    import subprocess
+
+    with tempfile.TemporaryDirectory() as scratch:
+        log = data or stand_in(Path(scratch))
+        code = f"from experiments.bench import importing; from pathlib import Path; import json; print(json.dumps(importing.measure(Path({str(log)!r}), Path({scratch!r}) / 'out')))"
+        found = [json.loads(subprocess.check_output([sys.executable, "-c", code]).splitlines()[-1]) for _ in range(3)]
+    return {key: statistics.median(f[key] for f in found) for key in found[0]}

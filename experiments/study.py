@@ -1,0 +1,85 @@
+"""What a study is: named points by budget, the metric it reads and the axis it draws them on."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from experiments.sweep import AxisValue, Point, Sweep
+from genrec_jax.config import Trial, default_trial, override
+from genrec_jax.errors import UserError
+
+Budget = Literal["small", "medium", "large"]
+
+
+@dataclass(frozen=True)
+class PlannedTrial:
+    """A trial with its place in a study.
+
+    axis: the study's x: the name under which ``axis_value`` is read, or, where ``axis_value`` is None, a column of the
+    results table to read it from. cost: anything proportional to its run time (FLOPs); long trials start first, so that
+    the workers finish together.
+    """
+
+    trial: Trial
+    study: str
+    family: str
+    label: str
+    axis: str
+    axis_value: AxisValue | None = None
+    cost: float | None = None
+
+    @property
+    def name(self) -> str:
+        """How a person tells it from the other trials of its study."""
+        return " ".join(part for part in (self.family, self.label, f"seed={self.trial.seed}") if part)
+
+
+@dataclass(frozen=True)
+class Study:
+    """One question put to the lab.
+
+    doc: the question and the expected answer. points: the sweep of each budget. metric: the column of the results table
+    that answers it. axis, axis_label: the x column and its words on a figure. data: the dataset it needs, in words.
+    base: keys that every point shares.
+    """
+
+    name: str
+    title: str
+    doc: str
+    points: Mapping[Budget, Sweep]
+    metric: str
+    axis: str
+    axis_label: str
+    data: str
+    base: Mapping[str, Any] = field(default_factory=dict)
+
+    def trials(
+        self, data_path: str, budget: Budget = "small", overrides: Mapping[str, Any] | None = None
+    ) -> list[PlannedTrial]:
+        """The resolved trials of a budget on a dataset folder; ``overrides`` are a person's settings for all of them.
+
+        Raises UserError for an unknown budget or key, for a key set twice, and for two points of the same name.
+        """
+        if budget not in self.points:
+            known = ", ".join(b for b in get_args(Budget) if b in self.points)
+            raise UserError(f"study {self.name!r} has no budget {budget!r}; it has: {known}")
+        shared = {**self.base, "data.path": data_path}
+        planned = [self._plan(point, shared, dict(overrides or {})) for point in self.points[budget]]
+        seen: set[str] = set()
+        for one in planned:
+            if one.name in seen:
+                raise UserError(f"two points of study {self.name!r} are called {one.name!r}")
+            seen.add(one.name)
+        return planned
+
+    def _plan(self, point: Point, shared: dict[str, Any], overrides: dict[str, Any]) -> PlannedTrial:
+        if point.model is None:
+            raise UserError(f"point {point.label!r} of study {self.name!r} names no model")
+        # A base key may be changed by a person, a swept one may not: its points would collapse into one.
+        for key in [*(shared.keys() & point.values), *(overrides.keys() & point.values)]:
+            raise UserError(
+                f"configuration key {key!r} is swept by study {self.name!r} and cannot be set for all points"
+            )
+        trial = override(default_trial(point.model), {**shared, **point.values, **overrides})
+        family = point.family or point.model
+        return PlannedTrial(trial, self.name, family, point.label, self.axis, point.axis_value)

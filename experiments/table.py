@@ -1,0 +1,101 @@
+"""The results table, derived from the trial folders: one row per trial and place in a study."""
+
+import csv
+import io
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments.folder import read_record, read_result
+
+FIRST = ("trial", "study", "family", "label", "seed", "status", "axis", "axis_value", "dataset")
+Row = dict[str, Any]
+
+
+def rebuild_table(out: Path) -> list[Row]:
+    """Reads every trial folder of OUT and replaces ``OUT/results.csv``; the same folders give the same bytes.
+
+    A trial without a result has status "failed" or "unfinished" and empty metric columns.
+    """
+    trials = [_read(folder) for folder in sorted((out / "trials").glob("*/"))]
+    found = [trial for trial in trials if trial is not None]
+    names = {trial["path"]: trial["result"]["dataset"] for trial in found if "dataset" in trial["result"]}
+    rows = [row for trial in found for row in _rows(trial, names)]
+    rows.sort(
+        key=lambda row: (
+            row["study"],
+            row["family"],
+            _order(row["axis_value"]),
+            row["label"],
+            row["seed"],
+            row["trial"],
+        )
+    )
+    columns = [*FIRST, *sorted({key for row in rows for key in row} - set(FIRST))]
+    _write(out / "results.csv", columns, rows)
+    return [{column: row.get(column) for column in columns} for row in rows]
+
+
+def flatten(record: Mapping[str, Any], separator: str = "/") -> dict[str, Any]:
+    """Scalars of a nested record, keys joined; lists and nulls are left out."""
+    flat: dict[str, Any] = {}
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{key}{separator}{name}": inner for name, inner in flatten(value, separator).items()}
+        elif isinstance(value, str | int | float):
+            flat[key] = value
+    return flat
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    """What one folder knows; None for a folder that no launcher made."""
+    config, plan = read_record(folder / "config.json"), read_record(folder / "plan.json")
+    if config is None or plan is None:
+        return None
+    result = read_result(folder)
+    if result is not None:
+        status = result["status"]
+    else:
+        status = "failed" if (folder / "failure.json").exists() else "unfinished"
+    return {
+        "trial": folder.name,
+        "config": flatten(config, "."),
+        "path": config["data"]["path"],
+        "placements": plan["placements"],
+        "status": status,
+        "result": flatten(result or {}),
+    }
+
+
+def _rows(trial: Mapping[str, Any], dataset_names: Mapping[str, str]) -> list[Row]:
+    """One row per placement. ``dataset_names``: what finished trials call the dataset in each folder."""
+    config, result = trial["config"], trial["result"]
+    measured = {key: value for key, value in result.items() if key not in FIRST}
+    rows = []
+    for place in trial["placements"]:
+        axis_value = place["axis_value"]
+        if axis_value is None:
+            axis_value = result.get(place["axis"], config.get(place["axis"]))
+        row = {key: place[key] for key in ("study", "family", "label", "axis")}
+        row |= {"trial": trial["trial"], "seed": config["seed"], "status": trial["status"], "axis_value": axis_value}
+        row["dataset"] = dataset_names.get(trial["path"], Path(trial["path"]).name)
+        rows.append(row | measured)
+    return rows
+
+
+def _order(axis_value: Any) -> tuple[int, float, str]:
+    """Numbers by size, then words, then nothing."""
+    if axis_value is None:
+        return (2, 0.0, "")
+    return (1, 0.0, axis_value) if isinstance(axis_value, str) else (0, float(axis_value), "")
+
+
+def _write(path: Path, columns: list[str], rows: list[Row]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.write_text(text.getvalue(), encoding="utf-8")
+    os.replace(scratch, path)

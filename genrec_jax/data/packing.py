@@ -1,0 +1,146 @@
+"""From row indices to a Batch: which rows share a packed row, and the vectorised gather of their events."""
+
+from typing import Any
+
+import numpy as np
+
+from genrec_jax.batch import Batch, Candidates, Context, History, Shape
+from genrec_jax.data.rows import RowTable
+from genrec_jax.data.schema import Feature
+from genrec_jax.data.sequences import Sequences, load
+
+EMPTY = -1  # a segment that holds no row
+
+
+def plan_segments(lengths: np.ndarray, capacity: int, segments: int, seed: int) -> np.ndarray:
+    """Packs R histories into bins of at most ``capacity`` events and ``segments`` histories.
+
+    ``lengths`` [R] int64, each at most ``capacity``. Returns [bins, segments] int64 row indices, filled from the left,
+    EMPTY elsewhere; every row appears exactly once. Best fit, longest first, on whole groups of bins with equal room
+    (after the histogram packing of Krell et al., 2021, arXiv:2107.02027): the work grows with the number of distinct
+    lengths, not of rows. The seed shuffles rows of equal length.
+    """
+    if segments == 1:
+        return np.arange(len(lengths))[:, None]
+    shuffled = np.random.default_rng(seed).permutation(len(lengths))
+    order = shuffled[np.argsort(-lengths[shuffled], kind="stable")]
+    plan = np.full((len(lengths), segments), EMPTY, np.int64)
+    used = np.zeros(len(lengths), np.int64)
+    rooms: list[np.ndarray] = [np.zeros(0, np.int64)] * (capacity + 1)  # bins with a free segment, by free events
+    bins = 0
+    values, starts = np.unique(-lengths[order], return_index=True)
+    for length, rows in zip(-values, np.split(order, starts[1:])):
+        room = int(length)
+        while len(rows):
+            while room <= capacity and not len(rooms[room]):
+                room += 1
+            if room > capacity:  # no open bin has room: open as many as the remaining rows of this length fill
+                per_bin = min(segments, capacity // max(int(length), 1))
+                target = np.arange(bins, bins - (-len(rows) // per_bin))
+                bins += len(target)
+                left = capacity - int(length)
+            else:
+                target, rooms[room] = rooms[room][: len(rows)], rooms[room][len(rows) :]
+                left = room - int(length)
+            placed, rows = rows[: len(target)], rows[len(target) :]
+            plan[target, used[target]] = placed
+            used[target] += 1
+            rooms[left] = np.concatenate([rooms[left], target[used[target] < segments]])
+            room = left if left >= length else room  # the smallest room that may still fit this length
+    return plan[:bins].copy()
+
+
+class Assembler:
+    """Gathers rows of a dataset into batches of one shape. Picklable: a copy reopens the dataset folder."""
+
+    def __init__(self, sequences: Sequences, rows: RowTable, shape: Shape):
+        self._sequences, self._rows, self._shape = sequences, rows, shape
+        # Views of plain arrays: indexing a numpy memmap costs several times as much.
+        self._columns = {name: np.asarray(getattr(sequences, name)) for name in ("item", "time", "labels")}
+        self._features = {f.name: _table(f, sequences.features[f.name]) for f in sequences.schema.features}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self._sequences.path, "rows": self._rows, "shape": self._shape}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(load(state["path"]), state["rows"], state["shape"])  # type: ignore[misc]
+
+    def __call__(self, plan: np.ndarray) -> Batch:
+        """The batch whose segment s of row b is row ``plan[b, s]`` ([B, S] int64, EMPTY for none).
+
+        Histories lie side by side from the left in segment order, padding last; the candidates of segment s (0-based)
+        are at slots ``s*K`` onwards. Absent ids, times and labels are 0; an absent user is -1.
+        """
+        present = plan != EMPTY
+        rows = self._rows.take(np.where(present, plan, 0))
+        user = np.where(present, rows.user, -1).astype(np.int32)
+        return Batch(
+            user=user,
+            context=self._context(rows, present),
+            history=self._history(rows, present),
+            candidates=self._candidates(rows, present),
+        )
+
+    def _context(self, rows: RowTable, present: np.ndarray) -> Context:
+        features = {}
+        for feature in self._sequences.schema.context_features:
+            index = rows.user if feature.level == "user" else rows.history_stop
+            features[feature.name] = _gather(self._features[feature.name], index, present)
+        return Context(features)
+
+    def _history(self, rows: RowTable, present: np.ndarray) -> History:
+        length = np.where(present, rows.history_length, 0)
+        end = np.cumsum(length, axis=1)  # [B, S]: where each segment's slots end
+        slot = np.arange(self._shape.history)
+        real = slot < end[:, -1:]
+        # Slot n belongs to the first segment that ends beyond it, so its number is how many end at or before it.
+        segment = np.zeros(real.shape, np.int64)
+        for s in range(self._shape.segments - 1):
+            segment += slot >= end[:, s : s + 1]
+        shift = rows.history_start - (end - length)  # event index minus slot, per segment
+        event = slot + np.take_along_axis(shift, segment, axis=1)
+        item = _gather(self._columns["item"], event, real)
+        return History(
+            item=item,
+            time=_gather(self._columns["time"], event, real),
+            labels=_gather(self._columns["labels"], event, real),
+            segment=np.where(real, segment + 1, 0).astype(np.int32),
+            supervised=real & self._rows.supervised,
+            features=self._item_features(item),
+        )
+
+    def _candidates(self, rows: RowTable, present: np.ndarray) -> Candidates:
+        shape = self._shape
+        count = np.where(present, rows.target_stop - rows.target_start, 0)
+        slot = np.arange(shape.candidates)
+        real = (slot < count[:, :, None]).reshape(-1, shape.slots)  # [B, S * K]
+        event = (rows.target_start[:, :, None] + slot).reshape(-1, shape.slots)
+        request = np.repeat(rows.history_stop, shape.candidates, axis=1)
+        segment = np.repeat(np.arange(1, shape.segments + 1), shape.candidates)
+        item = _gather(self._columns["item"], event, real)
+        return Candidates(
+            item=item,
+            time=_gather(self._columns["time"], request, real),
+            labels=_gather(self._columns["labels"], event, real),
+            segment=np.where(real, segment, 0).astype(np.int32),
+            features=self._item_features(item),
+        )
+
+    def _item_features(self, item: np.ndarray) -> dict[str, np.ndarray]:
+        return {f.name: self._features[f.name].take(item, axis=0) for f in self._sequences.schema.item_features}
+
+
+def _table(feature: Feature, table: np.ndarray) -> np.ndarray:
+    """The feature's table as a plain array; the row of item 0 (padding) is made 0 if the dataset says otherwise."""
+    plain = np.asarray(table)
+    if feature.level == "item" and plain[0].any():
+        plain = plain.copy()
+        plain[0] = 0
+    return plain
+
+
+def _gather(table: np.ndarray, index: np.ndarray, real: np.ndarray) -> np.ndarray:
+    """``table[index]`` where ``real``, else 0; an index that is not real may lie outside the table."""
+    values = table.take(index, axis=0, mode="clip")
+    values *= real.reshape(real.shape + (1,) * (values.ndim - real.ndim)).astype(values.dtype)
+    return values

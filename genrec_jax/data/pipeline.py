@@ -1,0 +1,215 @@
+"""The input pipeline: an endless, resumable stream of training batches, and the fixed batches of an evaluation.
+
+Batch number i of a stream is a pure function of (dataset, configuration, seed, i): the shuffle is a bijection computed
+per position, not a stored order. So the whole state of the iterator is i, whatever the number of workers, and grain
+only has to map a range of integers ahead of the training step.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from genrec_jax.batch import Batch, Shape
+from genrec_jax.config import DataConfig
+from genrec_jax.data import rows as row_tables
+from genrec_jax.data.packing import EMPTY, Assembler, plan_segments
+from genrec_jax.data.rows import RowTable
+from genrec_jax.data.sequences import Sequences
+from genrec_jax.data.splits import Part, Split, hash64, kept_users, split_by_time, split_last_two
+from genrec_jax.errors import UserError
+from genrec_jax.models.base import Goal, Rows
+
+_THREADS = 2  # per process; numpy's gathers hold the GIL, so more threads only take turns
+_AHEAD = 8  # batches kept ready per process
+_ENDLESS = 1 << 60
+_ROUNDS = 6
+
+
+class TrainStream:
+    """Endless iterator of training batches: pass after pass over the rows, each in its own order.
+
+    Passes follow one another without a seam: a batch may end one and begin the next, so no row is ever dropped and a
+    dataset smaller than one batch works (its rows then repeat within the batch).
+
+    rows: packed rows in one pass. targets: supervised targets in one pass. steps_per_epoch: batches in one pass, a
+    fraction. occupancy: share of history slots that hold an event.
+    """
+
+    def __init__(self, sequences: Sequences, config: DataConfig, kind: Rows, batch_rows: int, seed: int):
+        """Cuts and packs the rows. ``kind`` "users" splits by last events, the others by time.
+
+        Raises UserError naming the dataset if a part is empty or no training row is left.
+        """
+        split = split_last_two(sequences) if kind == "users" else _time_split(sequences, config)
+        kept = kept_users(sequences.users, config.fraction)
+        table = row_tables.training_rows(kind, sequences, split, kept, config.history, config.candidates)
+        if not len(table):
+            raise UserError(
+                f"dataset {sequences.name!r} has no training rows of kind {kind!r} with data.fraction {config.fraction}"
+            )
+        plan = plan_segments(table.history_length, config.history, config.segments, seed)
+        self.rows = len(plan)
+        self.targets = row_tables.supervised_targets(kind, table)
+        self.steps_per_epoch = self.rows / batch_rows
+        self.occupancy = int(table.history_length.sum()) / (self.rows * config.history)
+        self._make = _BatchAt(Assembler(sequences, table, config.shape), plan, batch_rows, seed)
+        self._workers = config.workers
+        self._identity = {"rows": self.rows, "batch_rows": batch_rows, "seed": seed}
+        self._next = 0
+        self._batches: Any = None
+
+    def __iter__(self) -> "TrainStream":
+        return self
+
+    def __next__(self) -> Batch:
+        if self._batches is None:
+            self._batches = iter(_prefetched(self._make, self._next, self._workers))
+        batch = next(self._batches)
+        self._next += 1
+        return batch
+
+    def get_state(self) -> dict[str, int]:
+        """JSON-serialisable state: the batches delivered so far, and what they were cut from."""
+        return {"batch": self._next, **self._identity}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Continues after the batch at which ``get_state`` was called, with any number of workers.
+
+        Raises UserError if the state comes from a stream of other rows, batch size or seed.
+        """
+        theirs = {key: state.get(key) for key in self._identity}
+        if theirs != self._identity:
+            raise UserError(f"the checkpoint's data stream was {theirs}, this one is {self._identity}")
+        self.close()
+        self._next = int(state["batch"])
+
+    def close(self) -> None:
+        """Stops the workers; iterating again restarts them where they were."""
+        if self._batches is not None:
+            self._batches.close()
+        self._batches = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _BatchAt:
+    """Batch number i of a stream."""
+
+    assemble: Assembler
+    plan: np.ndarray
+    batch_rows: int
+    seed: int
+
+    def __call__(self, index: int) -> Batch:
+        position = int(index) * self.batch_rows + np.arange(self.batch_rows)
+        return self.assemble(self.plan[shuffled(position, len(self.plan), self.seed)])
+
+
+def shuffled(position: np.ndarray, size: int, seed: int) -> np.ndarray:
+    """Where endless shuffled passes over ``range(size)`` are at each position (int64, at least one dimension).
+
+    Positions ``e * size .. (e + 1) * size - 1`` visit every index once, in an order of their own. A Feistel network
+    with cycle-walking (Black & Rogaway, CT-RSA 2002): a bijection of the next power of four, applied again until it
+    lands inside.
+    """
+    epoch, value = np.divmod(position, size)
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    key = hash64(epoch, seed)
+    value = value.copy()
+    outside = np.arange(len(value))
+    while len(outside):
+        value[outside] = _feistel(value[outside], half, key[outside])
+        outside = outside[value[outside] >= size]
+    return value
+
+
+def _feistel(value: np.ndarray, half: int, key: np.ndarray) -> np.ndarray:
+    """A bijection of ``0 .. 4**half - 1`` chosen by ``key`` (uint64, one per value)."""
+    mask = (1 << half) - 1
+    left, right = value >> half, value & mask
+    for number in range(_ROUNDS):
+        mixed = hash64(right, key + np.uint64(number)).astype(np.int64)
+        left, right = right, left ^ (mixed & mask)
+    return (left << half) | right
+
+
+def _prefetched(make: _BatchAt, start: int, workers: int) -> grain.IterDataset:
+    """Batches from number ``start`` on, made ahead of time by threads, or by ``workers`` processes."""
+    batches = grain.MapDataset.range(start, _ENDLESS).map(make)
+    ahead = batches.to_iter_dataset(grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_AHEAD))
+    if not workers:
+        return ahead
+    if not flags.FLAGS.is_parsed():
+        # Grain asks absl's flags how its workers shall run; outside an absl application (and under pytest) nobody has
+        # parsed them, and asking raises. Their defaults are what is wanted.
+        flags.FLAGS.mark_as_parsed()
+    return ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_AHEAD))
+
+
+class EvaluationBatches:
+    """Batches of the impressions that every model is evaluated on; can be iterated again and again.
+
+    impressions: how many candidates they hold. fingerprint: see :func:`evaluation_fingerprint`.
+    """
+
+    def __init__(self, sequences: Sequences, config: DataConfig, goal: Goal, part: Part, batch_rows: int):
+        table = _evaluation_table(sequences, config, goal, part)
+        self.impressions = table.candidates
+        self.fingerprint = _fingerprint(sequences, part, table)
+        self._assemble = Assembler(sequences, table, Shape(config.history, config.candidates))
+        padded = -(-len(table) // batch_rows) * batch_rows
+        self._plan = np.full((padded, 1), EMPTY, np.int64)
+        self._plan[: len(table), 0] = np.arange(len(table))
+        self._batch_rows = batch_rows
+
+    def __len__(self) -> int:
+        return len(self._plan) // self._batch_rows
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in range(0, len(self._plan), self._batch_rows):
+            yield self._assemble(self._plan[start : start + self._batch_rows])
+
+
+def evaluation_batches(
+    sequences: Sequences, config: DataConfig, goal: Goal, part: Part, batch_rows: int
+) -> EvaluationBatches:
+    """Batches over the part's fixed impressions, one segment per row; the last is padded with empty rows.
+
+    Ranking: the part's requests, at most ``eval_impressions`` candidates. Retrieval: the part's held-out event of at
+    most that many users, in slot 0. The choice depends on the dataset, the split and K, never on N, the model or a
+    seed. Raises UserError naming the dataset and the part if it is empty.
+    """
+    return EvaluationBatches(sequences, config, goal, part, batch_rows)
+
+
+def evaluation_fingerprint(sequences: Sequences, config: DataConfig, goal: Goal, part: Part) -> str:
+    """Twelve hex digits that say which impressions are evaluated: equal digits, comparable results.
+
+    Hashes the dataset's name and size, the part, and for each row the event indices of its candidates and of its
+    request's first event. So it depends on K, which cuts requests into rows, but not on N, the model or a seed.
+    """
+    return _fingerprint(sequences, part, _evaluation_table(sequences, config, goal, part))
+
+
+def _evaluation_table(sequences: Sequences, config: DataConfig, goal: Goal, part: Part) -> RowTable:
+    if goal == "retrieval":
+        rows = row_tables.next_item_rows(sequences, split_last_two(sequences), part, config.history)
+    else:
+        split = _time_split(sequences, config)
+        rows = row_tables.request_rows(sequences, split, part, config.history, config.candidates)
+    return row_tables.evaluation_rows(rows, config.eval_impressions)
+
+
+def _fingerprint(sequences: Sequences, part: Part, rows: RowTable) -> str:
+    digest = hashlib.sha256(f"{sequences.name} {sequences.events} {sequences.users} {part}".encode())
+    for column in (rows.history_stop, rows.target_start, rows.target_stop):
+        digest.update(np.ascontiguousarray(column, "<i8").tobytes())
+    return digest.hexdigest()[:12]
+
+
+def _time_split(sequences: Sequences, config: DataConfig) -> Split:
+    return split_by_time(sequences, config.validation, config.test)

@@ -1,0 +1,24 @@
+"""A raw dataset: its files and what their columns mean, before any import."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+from genrec_jax.data.log import LogMapping
+
+
+@dataclasses.dataclass(frozen=True)
+class RawDataset:
+    """What an adapter makes of a folder: log files in reading order, and their mapping."""
+
+    name: str
+    files: tuple[Path, ...]
+    mapping: LogMapping
+
+    def fingerprint(self) -> str:
+        """Hexadecimal name of what an import would read: names, sizes and times of all files, and the mapping."""
+        files = [*self.files, *(table.file for table in self.mapping.tables)]
+        stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        text = json.dumps([stamps, self.mapping.to_json()])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]

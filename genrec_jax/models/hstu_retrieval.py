@@ -1,0 +1,126 @@
+"""HSTU for retrieval: the next item of a sequence, as in the public research code (Zhai et al., arXiv 2402.17152)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from genrec_jax.batch import Batch, Shape
+from genrec_jax.errors import UserError
+from genrec_jax.layouts import ITEMS, NextItem, last_events, next_item
+from genrec_jax.models import registry
+from genrec_jax.models.base import Build, Retriever
+from genrec_jax.models.sequence import SequenceConfig
+from genrec_jax.nn.basic import dropout
+from genrec_jax.nn.cost import Cost, total
+from genrec_jax.nn.embedding import Table
+from genrec_jax.nn.hstu import HSTUBlock
+from genrec_jax.nn.stack import Stack
+
+# The public code reserves 10 output slots and one for the target; they only enter the divisor and the table sizes.
+RESERVED = 11
+
+
+@dataclasses.dataclass(frozen=True)
+class HSTURetrievalConfig(SequenceConfig):
+    """width, depth, heads, dropout: the published ML-1M base. qk_width, v_width: of one head, 0 for width / heads.
+    negatives: R per position, uniform over the items. temperature: of the softmax over cosines."""
+
+    name = "hstu_retrieval"
+    rows = "users"
+    goal = "retrieval"
+    width: int = 50
+    depth: int = 2
+    heads: int = 1
+    dropout: float = 0.2
+    qk_width: int = 0
+    v_width: int = 0
+    negatives: int = 128
+    temperature: float = 0.05
+
+    def check(self) -> None:
+        super().check()
+        if self.negatives < 1 or not self.temperature > 0:
+            raise UserError("model.negatives and model.temperature must be positive")
+        if min(self.qk_width, self.v_width) < 0:
+            raise UserError("model.qk_width and model.v_width must not be negative")
+
+
+@registry.register(HSTURetrievalConfig)
+class HSTURetrieval(Retriever):
+    """x_t = dropout(sqrt(D) E[i_t] + P[t]);  y = stack(x) / |stack(x)|;  score(item) = y . E[item] / |E[item]|.
+
+    Loss: sampled softmax over the next item and R uniform negatives per position. Attention asks at the time of the
+    next event, which a recommender knows; models without time (SASRec) do not see it.
+    """
+
+    def __init__(self, config: HSTURetrievalConfig, build: Build, *, rngs: nnx.Rngs):
+        width, longest = config.width, build.shape.history + RESERVED
+        self.width, self.negatives, self.temperature = width, config.negatives, config.temperature
+        self.dropout, self.dtype = config.dropout, build.dtype
+        self.items_table = Table(build.schema.items, width, std=0.02, rngs=rngs)
+        positions = jax.nn.initializers.glorot_normal()
+        self.positions = nnx.Param(positions(rngs.params(), (longest, width)))
+        self.stack = Stack(
+            [
+                HSTUBlock(
+                    width,
+                    config.heads,
+                    qk_width=config.qk_width or width // config.heads,
+                    v_width=config.v_width or width // config.heads,
+                    longest=longest,
+                    dropout=config.dropout,
+                    dtype=build.dtype,
+                    rngs=rngs,
+                )
+                for _ in range(config.depth)
+            ],
+            longest=longest,
+        )
+
+    def users(self, batch: Batch) -> jax.Array:
+        segments = batch.user.shape[1]
+        last = last_events(batch.history.segment, segments)
+        return jnp.take_along_axis(self.states(batch, next_item(batch), None), last[..., None], axis=1)
+
+    def items(self) -> jax.Array:
+        return _unit(self.items_table.rows_table[...].at[0].set(0.0))
+
+    def loss(self, batch: Batch, rngs: nnx.Rngs) -> tuple[jax.Array, jax.Array]:
+        rows = next_item(batch)
+        shape = (*rows.target.shape, self.negatives)
+        negatives = jax.random.randint(rngs.negatives(), shape, 1, self.items_table.vocab, jnp.int32)
+        return self.sampled_loss(self.states(batch, rows, rngs), rows.target, negatives)
+
+    def states(self, batch: Batch, rows: NextItem, rngs: nnx.Rngs | None) -> jax.Array:
+        """Unit vectors [B, N, D] float32, one per history position."""
+        x = self.width**0.5 * self.items_table(batch.history.item) + self.positions[...][rows.position]
+        x = dropout(x.astype(self.dtype), self.dropout, rngs)
+        return _unit(self.stack(x, rows.tokens, rngs=rngs).astype(jnp.float32))
+
+    def sampled_loss(self, states: jax.Array, target: jax.Array, negatives: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """states [B, N, D], target [B, N], negatives [B, N, R] -> (sum of losses, positions with a target)."""
+        ids = jnp.concatenate([target[..., None], negatives], axis=-1)
+        cosines = jnp.einsum("bnd,bnrd->bnr", states, _unit(self.items_table(ids)))
+        hit = negatives == target[..., None]
+        logits = (cosines / self.temperature).at[..., 1:].add(jnp.where(hit, -5e4, 0.0))
+        losses = jax.nn.logsumexp(logits, axis=-1) - logits[..., 0]
+        real = target > 0
+        return jnp.sum(jnp.where(real, losses, 0.0)), jnp.sum(real.astype(jnp.float32))
+
+    def cost(self, shape: Shape) -> Cost:
+        loss = Cost(flops=2.0 * shape.history * self.width * (1 + self.negatives))
+        return total(
+            [
+                self.items_table.cost(shape.history * (2 + self.negatives)),
+                Cost(dense_params=self.positions.size),
+                self.stack.cost(ITEMS.row_tokens(shape), ITEMS.pairs(shape)),
+                loss,
+            ]
+        )
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    """x / max(|x|, 1e-6), with a finite gradient at zero."""
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-12))

@@ -1,0 +1,56 @@
+"""What the generative models share: their sizes and their stack of blocks."""
+
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+from flax import nnx
+
+from genrec_jax.errors import UserError
+from genrec_jax.models.base import ModelConfig
+from genrec_jax.nn.hstu import HSTUBlock
+from genrec_jax.nn.stack import Block, Stack
+from genrec_jax.nn.transformer_block import TransformerBlock
+
+Mixer = Literal["hstu", "softmax"]
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceConfig(ModelConfig):
+    """width: D of every token. depth: blocks. heads: of attention. dropout: on the tokens and inside every block."""
+
+    width: int = 64
+    depth: int = 2
+    heads: int = 2
+    dropout: float = 0.1
+
+    def check(self) -> None:
+        if min(self.width, self.depth, self.heads) < 1:
+            raise UserError("model.width, model.depth and model.heads must be positive")
+        if self.width % self.heads:
+            raise UserError(f"model.width ({self.width}) must be a multiple of model.heads ({self.heads})")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"model.dropout must be in [0, 1), not {self.dropout}")
+
+
+def ranking_stack(config: SequenceConfig, mixer: Mixer, longest: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> Stack:
+    """``depth`` blocks whose heads are ``width / heads`` wide; ``longest`` is the longest sequence a token can see."""
+    head = config.width // config.heads
+
+    def block() -> Block:
+        if mixer == "softmax":
+            return TransformerBlock(
+                config.width, config.heads, longest=longest, dropout=config.dropout, dtype=dtype, rngs=rngs
+            )
+        return HSTUBlock(
+            config.width,
+            config.heads,
+            qk_width=head,
+            v_width=head,
+            longest=longest,
+            dropout=config.dropout,
+            dtype=dtype,
+            rngs=rngs,
+        )
+
+    return Stack([block() for _ in range(config.depth)], longest=longest)

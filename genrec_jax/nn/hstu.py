@@ -1,0 +1,88 @@
+"""The HSTU block (Zhai et al., ICML 2024, arXiv 2402.17152, equations 1-3; the public retrieval code's variant)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from genrec_jax.nn.basic import LayerNorm, Linear, dropout
+from genrec_jax.nn.cost import Cost, total
+from genrec_jax.nn.position import RelativeBias
+from kernels_pallas.hstu_attention import Plan, hstu_attention
+
+
+class HSTUBlock(nnx.Module):
+    """[U, V, Q, K] = SiLU(LN(X) W);  A = SiLU(Q K^T + rab) / n * mask;  Y = X + W_o dropout(LN(A V) * U) + b_o.
+
+    The divisor n is ``longest``, a constant of the model: a divisor taken from the batch would make a score depend
+    on its neighbours. Normalisations have no affine part, W has no bias and starts at N(0, 0.02).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        qk_width: int,
+        v_width: int,
+        longest: int,
+        dropout: float,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        """``qk_width``, ``v_width``: width of one head's queries and keys, and of its values and gates."""
+        self.heads, self.longest, self.dropout = heads, longest, dropout
+        self.values, self.keys = heads * v_width, heads * qk_width
+        self.norm = _norm(width, dtype, rngs)
+        self.project = Linear(
+            width,
+            2 * (self.values + self.keys),
+            use_bias=False,
+            kernel_init=jax.nn.initializers.normal(0.02),
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.bias = RelativeBias(longest, rngs=rngs)
+        self.norm_attended = _norm(self.values, dtype, rngs)
+        xavier = jax.nn.initializers.glorot_uniform()
+        self.out = Linear(self.values, width, kernel_init=xavier, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, plan: Plan, *, rngs: nnx.Rngs | None = None) -> jax.Array:
+        """x [B, T, D], the pairs of its tokens -> [B, T, D]; dropout is on when ``rngs`` is given."""
+        gate, v, q, k = self.projections(x)
+        attended = hstu_attention(
+            q, k, v, plan, divisor=self.longest, position_bias=self.bias.position[...], time_bias=self.bias.time[...]
+        )
+        return self.merge(x, gate, attended, rngs=rngs)
+
+    def projections(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """x [..., T, D] -> U [..., T, H * Dv] and V, Q, K [..., T, H, Dv or Dqk]."""
+        mixed = jax.nn.silu(self.project(self.norm(x)))
+        ends = (self.values, 2 * self.values, 2 * self.values + self.keys)
+        u, v, q, k = jnp.split(mixed, ends, axis=-1)
+        v, q, k = (part.reshape(*part.shape[:-1], self.heads, -1) for part in (v, q, k))
+        return u, v, q, k
+
+    def merge(self, x: jax.Array, gate: jax.Array, attended: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
+        """x [..., T, D], U [..., T, H * Dv], A V [..., T, H, Dv] -> the block's output [..., T, D]."""
+        attended = self.norm_attended(attended.reshape(gate.shape))
+        return x + self.out(dropout(attended * gate, self.dropout, rngs))
+
+    def cost(self, tokens: int, pairs: float) -> Cost:
+        """Cost over ``tokens`` tokens of which ``pairs`` (query, key) pairs are visible."""
+        item = jnp.dtype(self.project.dtype or jnp.float32).itemsize
+        kept = tokens * (4 * (self.values + self.keys) + self.values) * item  # before and after SiLU; LN(A V)
+        return total(
+            [
+                self.norm.cost(tokens),
+                self.project.cost(tokens),
+                self.bias.cost(),
+                Cost(flops=2.0 * pairs * (self.keys + self.values), activation_bytes=float(kept)),
+                self.norm_attended.cost(tokens),
+                self.out.cost(tokens),
+            ]
+        )
+
+
+def _norm(width: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> LayerNorm:
+    # E[x^2] - E[x]^2 loses digits on attention outputs that are small beside their mean.
+    return LayerNorm(width, use_scale=False, use_bias=False, use_fast_variance=False, dtype=dtype, rngs=rngs)

@@ -1,0 +1,70 @@
+"""The pre-norm softmax Transformer block: HSTU's control, under the same mask and the same relative bias."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from genrec_jax.nn.basic import MLP, LayerNorm, Linear, dropout
+from genrec_jax.nn.cost import Cost, total
+from genrec_jax.nn.position import RelativeBias
+from kernels_pallas.hstu_attention import Plan, softmax_attention
+
+EXPANSION = 4  # FFN width over model width
+
+
+class TransformerBlock(nnx.Module):
+    """X' = X + W_o softmax(Q K^T / sqrt(d) + rab) V;  Y = X' + FFN(LN(X')) with [Q, K, V] = LN(X) W, GELU, FFN x4.
+
+    Vaswani et al. 2017 with normalisation before each part. Dropout is on both residual branches.
+    """
+
+    def __init__(self, width: int, heads: int, *, longest: int, dropout: float, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.heads, self.head_width, self.dropout = heads, width // heads, dropout
+        self.norm = LayerNorm(width, dtype=dtype, rngs=rngs)
+        self.project = Linear(width, 3 * width, dtype=dtype, rngs=rngs)
+        self.bias = RelativeBias(longest, rngs=rngs)
+        self.out = Linear(width, width, dtype=dtype, rngs=rngs)
+        self.norm_ffn = LayerNorm(width, dtype=dtype, rngs=rngs)
+        self.ffn = MLP(width, [EXPANSION * width, width], activation=jax.nn.gelu, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, plan: Plan, *, rngs: nnx.Rngs | None = None) -> jax.Array:
+        """x [B, T, D], the pairs of its tokens -> [B, T, D]; dropout is on when ``rngs`` is given."""
+        q, k, v = self.projections(x)
+        attended = softmax_attention(
+            q,
+            k,
+            v,
+            plan,
+            scale=self.head_width**-0.5,
+            position_bias=self.bias.position[...],
+            time_bias=self.bias.time[...],
+        )
+        return self.merge(x, attended, rngs=rngs)
+
+    def projections(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x [..., T, D] -> Q, K, V [..., T, H, D / H]."""
+        mixed = self.project(self.norm(x))
+        q, k, v = jnp.split(mixed.reshape(*x.shape[:-1], 3 * self.heads, self.head_width), 3, axis=-2)
+        return q, k, v
+
+    def merge(self, x: jax.Array, attended: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
+        """x [..., T, D], attention's output [..., T, H, D / H] -> the block's output [..., T, D]."""
+        x = x + dropout(self.out(attended.reshape(x.shape)), self.dropout, rngs)
+        return x + dropout(self.ffn(self.norm_ffn(x)), self.dropout, rngs)
+
+    def cost(self, tokens: int, pairs: float) -> Cost:
+        """Cost over ``tokens`` tokens of which ``pairs`` (query, key) pairs are visible."""
+        width = self.heads * self.head_width
+        item = jnp.dtype(self.project.dtype or jnp.float32).itemsize
+        kept = tokens * (3 + EXPANSION) * width * item  # Q, K, V and the FFN's hidden layer before GELU
+        return total(
+            [
+                self.norm.cost(tokens),
+                self.project.cost(tokens),
+                self.bias.cost(),
+                Cost(flops=2.0 * pairs * 2 * width, activation_bytes=float(kept)),
+                self.out.cost(tokens),
+                self.norm_ffn.cost(tokens),
+                self.ffn.cost(tokens),
+            ]
+        )

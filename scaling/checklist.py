@@ -1,0 +1,166 @@
+"""The twelve things a reader needs to judge a scaling law, filled in from the records themselves.
+
+Source of the items: the (Mis)Fitting survey of published laws (2025), which found most of them
+unreported. An item the table does not record says so, because a silent gap reads like a yes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+import numpy as np
+
+from scaling.laws import EQUATIONS, ESTIMATORS
+from scaling.study import Analysis, FamilyResult, done
+from scaling.style import number
+from scaling.table import Table
+
+NOT_RECORDED = "not recorded"
+
+
+def checklist(analysis: Analysis, table: Table) -> list[tuple[str, str]]:
+    """Twelve (question, what the records say) pairs for one analysis and the table it came from."""
+    families = [f for panel in analysis.panels for f in panel.families]
+    return [
+        ("Form, and the alternatives tried", _forms(analysis)),
+        ("Runs, sizes, seeds, range; what was left out", _runs(analysis, table)),
+        ("Final or intermediate checkpoints", _checkpoints(table)),
+        ("Parameter counts and FLOP formula", _counting(table)),
+        (
+            "Learning rate, batch, warm-up, decay",
+            _columns(table, "learning_rate", "embedding_learning_rate", "batch_rows", "warmup", "decay", "precision"),
+        ),
+        ("Loss space, weights, optimiser", _estimation(families)),
+        ("Parameters with intervals; conditioning", _conditioning(families)),
+        ("Residuals", _residuals(families)),
+        ("Error at held-out scale", _held_out(families)),
+        ("Data, split, metric, candidates, base rate", _data(analysis, table)),
+        ("Seeds and evaluation noise", _noise(families, table)),
+        ("Code, raw points, versions", _versions(table)),
+    ]
+
+
+def _columns(table: Table, *names: str) -> str:
+    return "; ".join(f"{name.replace('_', ' ')}: {_values(table, name)}" for name in names)
+
+
+def _values(table: Table, name: str) -> str:
+    """The distinct values of a column, or its range when there are many."""
+    if not table.has(name):
+        return NOT_RECORDED
+    values = table.distinct(name)
+    if len(values) <= 4:
+        return ", ".join(values)
+    try:
+        numbers = np.array([float(value) for value in values])
+    except ValueError:
+        return f"{len(values)} distinct values"
+    return f"{len(values)} values from {numbers.min():.4g} to {numbers.max():.4g}"
+
+
+def _range(table: Table, name: str, label: str) -> str:
+    if not table.has(name):
+        return f"{label}: {NOT_RECORDED}"
+    values = table.where(done(table)).numbers(name)
+    values = values[np.isfinite(values) & (values > 0)]
+    if not len(values):
+        return f"{label}: {NOT_RECORDED}"
+    decades = np.log10(values.max() / values.min())
+    return f"{label}: {values.min():.3g} to {values.max():.3g} ({decades:.1f} decades)"
+
+
+def _forms(analysis: Analysis) -> str:
+    tried = ", ".join(EQUATIONS.values())
+    chosen = sorted({f"{f.name}: {f.chosen or 'none'}" for p in analysis.panels if p.axis is None for f in p.families})
+    rule = "lowest AICc; within 2 of it the lowest held-out error; then fewer parameters"
+    return f"Tried {tried}. Rule: {rule}. Chosen: {'; '.join(chosen)}. Errors of each are in the table of fits."
+
+
+def _runs(analysis: Analysis, table: Table) -> str:
+    counts = ", ".join(f"{count} {status}" for status, count in analysis.counts.items())
+    parts = [f"{len(table)} trials ({counts})", f"seeds: {_values(table, 'seed')}"]
+    parts += [
+        _range(table, name, label)
+        for name, label in (("dense_params", "N (dense)"), ("targets", "D"), ("train_flops", "C"))
+    ]
+    rule = "left out of fits: trials that are not done or have no value, all shown in the table of trials"
+    return "; ".join([*parts, rule]) + "."
+
+
+def _checkpoints(table: Table) -> str:
+    return f"One row is one trial's final evaluation; epochs: {_values(table, 'epochs')}."
+
+
+def _counting(table: Table) -> str:
+    names = ("dense_params", "embedding_params", "active_params")
+    counts = ", ".join(name.replace("_", " ") for name in names if table.has(name))
+    return (
+        f"Counted: {counts or NOT_RECORDED}. FLOP formula: {_values(table, 'flops_formula')}. "
+        f"Candidates per request: {_values(table, 'candidates')}; history: {_values(table, 'history')}."
+    )
+
+
+def _estimation(families: Sequence[FamilyResult]) -> str:
+    used = dict.fromkeys(f.chosen for f in families if f.chosen)
+    estimators = "; ".join(f"{form}: {ESTIMATORS[form]}" for form in used)
+    return (
+        f"{estimators or 'no law was fitted'}. Each configuration counts once (mean over its seeds). The exponent's "
+        "grid covers its whole range, so there are no starting points to choose."
+    )
+
+
+def _conditioning(families: Sequence[FamilyResult]) -> str:
+    worst = max((f.fit.condition for f in families if f.fit), default=None)
+    how = dict.fromkeys(f.boot.description for f in families if f.boot)
+    text = "; ".join(how) or "no intervals: too few configurations"
+    return (
+        f"{text}; 95 % percentile intervals. Largest condition number: {number(worst, 3) if worst else NOT_RECORDED}."
+    )
+
+
+def _residuals(families: Sequence[FamilyResult]) -> str:
+    parts = dict.fromkeys(f"{f.name} {f.fit.mape:.2g} %" for f in families if f.fit)
+    return f"Plotted against x. Mean absolute relative error: {', '.join(parts) or NOT_RECORDED}."
+
+
+def _held_out(families: Sequence[FamilyResult]) -> str:
+    parts = []
+    for family in families:
+        if family.fit and family.fit.held_out:
+            cuts = family.fit.held_out
+            factor = max(cut.extrapolation for cut in cuts)
+            bias = float(np.mean([cut.bias for cut in cuts]))
+            parts.append(
+                f"{family.name}: {family.fit.held_out_mape:.2g} % (bias {bias:+.2g} %, worst "
+                f"{max(cut.max_error for cut in cuts):.2g} %, {len(cuts)} cuts, up to {factor:.0f}x)"
+            )
+    return "; ".join(parts) + "." if parts else "Not available: too few distinct x to fit below a cut."
+
+
+def _data(analysis: Analysis, table: Table) -> str:
+    rates = [c for c in table.columns if c.startswith("base_rate/") and table.has(c)]
+    base = "; ".join(f"{c}: {_values(table, c)}" for c in rates) or f"base rate: {NOT_RECORDED}"
+    return (
+        f"Dataset: {_values(table, 'dataset')}; evaluation set: {_values(table, 'eval_set')}; impressions: "
+        f"{_values(table, 'eval_impressions')}; metric: {analysis.metric}; {base}."
+    )
+
+
+def _noise(families: Sequence[FamilyResult], table: Table) -> str:
+    spread = np.concatenate([f.points.spread for f in families])
+    known = spread[np.isfinite(spread)]
+    seeds = f"median seed standard deviation {np.median(known):.2g}" if len(known) else "one seed: not measured"
+    return f"{seeds} over {len(known)} configurations; evaluation noise (resampled users): {NOT_RECORDED}."
+
+
+def _versions(table: Table) -> str:
+    columns = [c for c in table.columns if "version" in c.lower() and table.has(c)]
+    trained = _columns(table, *columns) if columns else f"training versions: {NOT_RECORDED}"
+    own = []
+    for package in ("numpy", "scipy", "matplotlib"):
+        try:
+            own.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    return f"{trained}. Fitted with {', '.join(own)}. Raw points: the table of trials and each figure's CSV."

@@ -1,0 +1,96 @@
+"""What `genrec fit` and `genrec report` call."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from scaling.plots import Reference
+from scaling.report import write_report
+from scaling.study import analyse
+from scaling.table import read_table
+
+
+def fit_command(
+    tables: Sequence[Path],
+    y: str | None = None,
+    x: str = "train_flops",
+    group: str = "family",
+    out: Path | None = None,
+    *,
+    form: str = "auto",
+    base: str | None = None,
+    frontier: bool = False,
+    predict_at: Sequence[float] = (),
+    n_boot: int = 1000,
+    seed: int = 0,
+) -> dict[str, object]:
+    """Fit the laws of one or more results tables and return them as plain data, also written to `out` if given.
+
+    `y` is the metric (None: the default one); the other arguments are those of `scaling.study.analyse`.
+
+    Raises:
+        TableError: a table cannot be used; nothing is written.
+        ValueError: an unknown form.
+    """
+    analysis = analyse(
+        read_table(list(tables)),
+        y,
+        x=x,
+        group=group,
+        form=form,
+        base=base,
+        frontier=frontier,
+        predict_at=predict_at,
+        n_boot=n_boot,
+        seed=seed,
+        axes=x == "train_flops",
+    )
+    result = analysis.to_json()
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part = out.with_name(out.name + ".part")
+        part.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        part.replace(out)
+    return result
+
+
+def report_command(
+    runs: Path | Sequence[Path],
+    out: Path,
+    *,
+    title: str = "Scaling report",
+    summary: str = "",
+    references: Sequence[Reference] = (),
+    y: str | None = None,
+    x: str = "train_flops",
+    group: str = "family",
+    form: str = "auto",
+    base: str | None = None,
+    n_boot: int = 1000,
+    seed: int = 0,
+    assets_dir: Path | None = None,
+) -> dict[str, object]:
+    """Write the report of one or more tables or runs folders to the page `out`; returns the analysis as plain data.
+
+    Raises:
+        TableError: a table cannot be used; nothing is written.
+        ValueError: an unknown form.
+    """
+    analysis = write_report(
+        read_table(runs),
+        out,
+        title=title,
+        summary=summary,
+        references=references,
+        metric=y,
+        x=x,
+        group=group,
+        form=form,
+        base=base,
+        n_boot=n_boot,
+        seed=seed,
+        assets_dir=assets_dir,
+    )
+    return analysis.to_json()

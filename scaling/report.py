@@ -1,0 +1,355 @@
+"""One self-contained HTML page for a results table: headline, figures, fits, warnings, checklist, every trial.
+
+The page needs no network and no server; figures are inline SVG that follow the reader's light or dark theme, and every
+figure offers its numbers as CSV. All text that comes from the table is escaped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from scaling.checklist import checklist
+from scaling.frontier import Comparison
+from scaling.laws import N_PARAMS
+from scaling.page import document, esc, figure_html, table_html
+from scaling.plots import (
+    Reference,
+    base_name,
+    held_out_figure,
+    law_figure,
+    metric_name,
+    ratio_figure,
+    residual_figure,
+    x_name,
+    x_symbol,
+)
+from scaling.study import Analysis, FamilyResult, Panel, analyse, default_metric, done
+from scaling.style import FamilyStyle, Plot, equation, family_styles, number, tick
+from scaling.table import METRIC, NUMERIC, Table
+
+_COMPACT_ROOTS = ("ne", "auc", "gauc")
+_FORM_NAMES = {"loglin": "log-linear", "power": "power law", "power_const": "power law + constant"}
+
+
+def write_report(
+    table: Table,
+    out_html: Path,
+    *,
+    title: str,
+    summary: str = "",
+    references: Sequence[Reference] = (),
+    metric: str | None = None,
+    x: str = "train_flops",
+    group: str = "family",
+    form: str = "auto",
+    base: str | None = None,
+    n_boot: int = 1000,
+    seed: int = 0,
+    assets_dir: Path | None = None,
+) -> Analysis:
+    """Analyse a table and write its report.
+
+    Args:
+        table: the results.
+        out_html: the page to write; written whole or not at all.
+        title: the page's heading.
+        summary: plain text under the heading; blank lines separate paragraphs.
+        references: known values to draw and to compare fitted constants with.
+        metric: the headline metric, `default_metric` if None; the others get compact figures.
+        x: the column the metric is explained by.
+        group: the column whose values are the families.
+        form: "auto" or one form for every family.
+        base: the family compared against, see `analyse`.
+        n_boot: bootstrap draws.
+        seed: of the bootstrap.
+        assets_dir: also save every figure there as svg and csv, and the trials as `trials.csv`.
+
+    Returns:
+        The analysis of the headline metric.
+
+    Raises:
+        TableError: the table cannot be analysed; nothing is written.
+    """
+    main = metric or default_metric(table)
+    analysis = analyse(table, main, x=x, group=group, form=form, base=base, n_boot=n_boot, seed=seed)
+    others = [
+        analyse(table, name, x=x, group=group, form=form, base=base, n_boot=n_boot, seed=seed, axes=False)
+        for name in compact_metrics(table, main)
+    ]
+    builder = _Builder(analysis, others, table, references)
+    page = document(title, builder.body(title, summary))
+    _write(out_html, page)
+    if assets_dir is not None:
+        assets_dir.mkdir(parents=True, exist_ok=True)
+        for plot in builder.plots:
+            _write(assets_dir / f"{plot.key}.svg", plot.svg)
+            _write(assets_dir / f"{plot.key}.csv", plot.csv())
+        _write(assets_dir / "trials.csv", table.to_csv())
+    return analysis
+
+
+def compact_metrics(table: Table, main: str) -> list[str]:
+    """The other metrics worth a small figure: NE, AUC, GAUC (mean and per task) and the retrieval metrics."""
+    usable = table.where(done(table))
+    return [
+        name
+        for name in usable.metrics()
+        if name != main and (name.partition("/")[0] in _COMPACT_ROOTS or "@" in name or name.startswith("mrr"))
+    ]
+
+
+def _write(path: Path, text: str) -> None:
+    """Write through a neighbour and a rename, so that a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8", newline="")
+    part.replace(path)
+
+
+class _Builder:
+    """Collects the page's sections and, on the way, every figure drawn."""
+
+    def __init__(
+        self, analysis: Analysis, others: Sequence[Analysis], table: Table, references: Sequence[Reference]
+    ) -> None:
+        self.analysis, self.others, self.table, self.references = analysis, others, table, references
+        self.plots: list[Plot] = []
+        names = dict.fromkeys(f.name for panel in analysis.panels for f in panel.families)
+        base = next((b for panel in analysis.panels if (b := base_name(panel))), None)
+        self.styles: dict[str, FamilyStyle] = family_styles(list(names), base)
+
+    def body(self, title: str, summary: str) -> str:
+        trials = ", ".join(f"{count} {status}" for status, count in self.analysis.counts.items())
+        paragraphs = "".join(f"<p>{esc(part)}</p>" for part in summary.split("\n\n") if part.strip())
+        parts = [
+            f'<header><h1>{esc(title)}</h1>{paragraphs}<p class="lead">Trials: {esc(trials)}. Main metric: '
+            f"{esc(metric_name(self.analysis.metric))}, {'higher' if self.analysis.rising else 'lower'} is better."
+            "</p></header>",
+            '<nav aria-label="Sections"><a href="#laws">Laws</a><a href="#fits">Fits</a>'
+            '<a href="#checklist">Checklist</a><a href="#trials">Trials</a></nav>',
+            '<section id="laws">',
+            *(self._panel(panel) for panel in self.analysis.panels),
+            "</section>",
+            *self._compact(),
+            f'<section id="fits"><h2>All fits</h2>{self._fits()}</section>',
+            f'<section id="checklist"><h2>Checklist</h2>{self._checklist()}</section>',
+            f'<section id="trials"><h2>All trials</h2>{self._trials()}</section>',
+        ]
+        return "\n".join(parts)
+
+    def _figure(self, plot: Plot | None) -> str:
+        if plot is None:
+            return ""
+        self.plots.append(plot)
+        return figure_html(plot, f"fig{len(self.plots)}")
+
+    def _panel(self, panel: Panel) -> str:
+        name = " · ".join(esc(word) for word in (panel.study, panel.dataset) if word) or "Results"
+        heading = f"<h2>{name}</h2>" if panel.axis is None else f"<h3>{name}: along {esc(x_name(panel))}</h3>"
+        law = self._figure(law_figure(panel, references=self.references, styles=self.styles))
+        cards = "".join(self._card(family, panel) for family in panel.families)
+        parts = [heading, f'<div class="cards">{cards}</div>' if panel.axis is None else "", law]
+        if panel.axis is None:
+            parts += [self._truths(panel), self._figure(ratio_figure(panel, self.styles))]
+            parts += [_comparison_html(c, panel) for c in panel.comparisons]
+            small = [residual_figure(panel, self.styles), held_out_figure(panel, self.styles)]
+            parts.append('<div class="pair">' + "".join(self._figure(plot) for plot in small) + "</div>")
+        return "\n".join([*parts, _warnings_html(panel)])
+
+    def _card(self, family: FamilyResult, panel: Panel) -> str:
+        points, best = family.points, family.best
+        colour = self.styles[family.name].colour
+        seeds = len(points.runs[best])
+        spread = f" ± {number(points.spread[best], 2)}" if seeds > 1 else ""
+        label = points.labels[best] if points.labels else ""
+        lines = [
+            f'<p class="big">{esc(number(points.mean[best]))}</p>',
+            f"<p>best {esc(metric_name(panel.metric))}{esc(spread)} ({seeds} seed{'s' * (seeds > 1)}), "
+            f"{esc(label)} at {esc(x_symbol(panel))} = {esc(tick(float(f'{points.x[best]:.3g}')))}</p>",
+        ]
+        if family.fit is not None:
+            law = equation(family.fit.form, family.fit.params, metric_name(panel.metric), x_symbol(panel))
+            lines.append(f"<p><code>{esc(law)}</code></p>")
+        if family.boot is not None:
+            pairs = "; ".join(f"{k} {_interval(v)}" for k, v in family.boot.params().items())
+            lines.append(f"<p>95 %: {esc(pairs)}</p>")
+        if family.slope is not None:
+            value, limits = family.slope
+            lines.append(
+                f"<p>{esc(number(value, 3))} {esc(_interval(limits, 3))} for each tenfold "
+                f"{esc(x_symbol(panel))} over the observed range</p>"
+            )
+        lines.append(f"<p>{len(points)} configurations, {points.n_runs} runs</p>")
+        return f'<div class="card" style="--c:{colour}"><h3>{esc(family.name)}</h3>{"".join(lines)}</div>'
+
+    def _truths(self, panel: Panel) -> str:
+        """Known irreducible values against the fitted constants c, with a verdict for each family."""
+        rows = []
+        for reference in (r for r in self.references if r.applies(panel)):
+            for family in panel.families:
+                rows.append(("", [(text, "") for text in _truth_row(reference, family)]))
+        if not rows:
+            return ""
+        headers = [
+            ("known value", False),
+            ("value", True),
+            ("family", False),
+            ("fitted c", True),
+            ("95 % interval", True),
+            ("verdict", False),
+        ]
+        return "<h3>Known irreducible value against the fitted constant</h3>" + table_html(
+            headers, rows, label="Known values against fitted constants"
+        )
+
+    def _compact(self) -> list[str]:
+        if not self.others:
+            return []
+        figures = []
+        for other in self.others:
+            for panel in other.panels:
+                plot = law_figure(panel, references=self.references, styles=self.styles, compact=True)
+                if len(other.panels) > 1:
+                    words = " · ".join(word for word in (panel.study, panel.dataset) if word)
+                    plot = Plot(plot.key, f"{plot.title} ({words})", plot.svg, plot.rows, plot.alt)
+                figures.append(self._figure(plot))
+        return ['<section id="metrics"><h2>Other metrics</h2><div class="pair">', *figures, "</div></section>"]
+
+    def _fits(self) -> str:
+        headers = [
+            ("study", False),
+            ("family", False),
+            ("form", False),
+            ("parameters, 95 % interval", False),
+            ("error %", True),
+            ("R²", True),
+            ("AICc", True),
+            ("held-out %", True),
+            ("condition", True),
+            ("bootstrap", False),
+            ("at bound", False),
+        ]
+        rows = []
+        for panel in self.analysis.panels:
+            for family in panel.families:
+                for form, fit in family.fits.items():
+                    boot = family.boots[form]
+                    limits = boot.params() if boot else {}
+                    params = "\n".join(
+                        f"{k} = {number(v)} {_interval(limits.get(k))}".strip() for k, v in fit.params.items()
+                    )
+                    where = " · ".join(w for w in (panel.study, panel.dataset, x_symbol(panel)) if w)
+                    cells = [
+                        where,
+                        family.name,
+                        _FORM_NAMES[form],
+                        params,
+                        f"{fit.mape:.3g}",
+                        f"{fit.r2:.4f}",
+                        _plain(fit.aicc, ".2f"),
+                        _plain(fit.held_out_mape, ".3g"),
+                        f"{fit.condition:.3g}",
+                        boot.method if boot else "–",
+                        ", ".join(fit.at_bound) or "–",
+                    ]
+                    rows.append(("chosen" if form == family.chosen else "", [(cell, "") for cell in cells]))
+        note = (
+            "<p>Bold rows are the laws drawn. AICc and held-out error compare forms within one family; a form with "
+            f"{N_PARAMS['power_const']} parameters needs that many distinct x or more.</p>"
+        )
+        return note + table_html(headers, rows, label="All fits")
+
+    def _checklist(self) -> str:
+        items = checklist(self.analysis, self.table)
+        inner = "".join(f"<dt>{i}. {esc(q)}</dt><dd>{esc(a)}</dd>" for i, (q, a) in enumerate(items, start=1))
+        return f"<dl>{inner}</dl>"
+
+    def _trials(self) -> str:
+        columns = [c for c in self.table.columns if self.table.has(c) and not c.startswith("config.")]
+        headers = [(c, c in NUMERIC or METRIC.fullmatch(c) is not None) for c in columns]
+        statuses = self.table.text("status", "done")
+        rows = [
+            ("" if status == "done" else "bad", [(_short(row.get(c, ""), n), row.get(c, "")) for c, n in headers])
+            for row, status in zip(self.table.rows, statuses)
+        ]
+        note = "<p>Trials that diverged or failed are listed in colour; they take no part in fits.</p>"
+        return note + table_html(headers, rows, label="All trials", sortable=True)
+
+
+def _interval(pair: tuple[float, float] | None, digits: int = 5) -> str:
+    return f"[{number(pair[0], digits)}, {number(pair[1], digits)}]" if pair else ""
+
+
+def _plain(value: float, spec: str) -> str:
+    return format(value, spec) if math.isfinite(value) else "–"
+
+
+def _short(cell: str, numeric: bool) -> str:
+    """Six significant digits for a long number; the cell's sort value keeps them all."""
+    if not numeric or not cell:
+        return cell
+    value = float(cell)
+    if value == int(value) and abs(value) < 1e7:
+        return str(int(value))
+    return f"{value:.6g}"
+
+
+def _truth_row(reference: Reference, family: FamilyResult) -> list[str]:
+    fit = family.fits.get("power_const")
+    boot = family.boots.get("power_const")
+    known = number(reference.value)
+    if reference.high > reference.low:
+        known += f" [{number(reference.low)}, {number(reference.high)}]"
+    if fit is None or boot is None or {"b=0", "c=0"} & set(fit.at_bound):
+        return [reference.name, known, family.name, "–", "–", "no usable constant was fitted"]
+    low, high = boot.params()["c"]
+    inside = low <= reference.high and high >= reference.low
+    verdict = (
+        "consistent: the intervals overlap"
+        if inside
+        else ("above the known value" if low > reference.high else "below the known value")
+    )
+    return [reference.name, known, family.name, number(fit.params["c"]), _interval((low, high)), verdict]
+
+
+def _comparison_html(c: Comparison, panel: Panel) -> str:
+    ratio, x = c.ratio, x_symbol(panel)
+    said = []
+    if len(ratio.quality):
+        best = -1 if ratio.ratio[-1] >= ratio.ratio[0] else 0
+        limits = _interval((float(ratio.low[best]), float(ratio.high[best])), 3)
+        limits = limits if math.isfinite(ratio.low[best]) else ""
+        said.append(
+            f"at {metric_name(panel.metric)} {number(ratio.quality[best], 4)} it needs "
+            f"{number(ratio.ratio[best], 3)} {limits} times less {x}"
+        )
+    else:
+        said.append(ratio.reason)
+    if c.slope_difference is not None:
+        said.append(
+            f"its change per tenfold {x} differs by {number(c.slope_difference, 3)} "
+            f"{_interval(c.slope_interval, 3)} over the range both cover"
+        )
+    if c.crossing is not None:
+        share = f", in {c.crossing_share:.0%} of draws" if c.crossing_share is not None else ""
+        said.append(f"the curves cross at {x} = {number(c.crossing, 3)} {_interval(c.crossing_interval, 3)}{share}")
+    else:
+        said.append("the curves do not cross in the observed range")
+    return f"<p><strong>{esc(ratio.new)} against {esc(ratio.base)}:</strong> {esc('; '.join(said))}.</p>"
+
+
+def _warnings_html(panel: Panel) -> str:
+    """Cautions of a panel, one line per distinct sentence with the families it is about."""
+    about: dict[tuple[str, str], list[str]] = {}
+    for family in panel.families:
+        for warn in family.warnings:
+            about.setdefault((warn.code, warn.text), []).append(family.name)
+    if not about:
+        return ""
+    items = "".join(
+        f"<li><code>{esc(code)}</code> {esc(', '.join(names))}: {esc(text)}</li>"
+        for (code, text), names in about.items()
+    )
+    return f'<ul class="warnings" aria-label="Warnings">{items}</ul>'

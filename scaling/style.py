@@ -1,0 +1,202 @@
+"""How figures look: colours, markers, number formatting, and the SVG that carries them.
+
+Colours are measured to stay apart under the three colour-vision deficiencies and keep 3:1 against white (blue and
+vermillion lead, for generative against classical). Marker and line style change with the family too, so colour is
+never the only cue. Text stays text and output is the same to the byte for the same numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
+
+from scaling.table import FloatArray, rows_to_csv
+
+INK, SOFT, GRID, PAPER = "#1f2430", "#5a6270", "#dfe3e9", "#ffffff"
+# Okabe-Ito without yellow, light sky blue last; the classical family takes vermillion, see `family_styles`.
+COLOURS = ("#0072B2", "#D55E00", "#007A5E", "#AA4499", "#8A6200", "#56B4E9", "#1f2430")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LINES = ("-", (0, (6, 2)), (0, (4, 2, 1, 2)), (0, (1, 1.4)), (0, (8, 2, 2, 2)), (0, (3, 1)), (0, (10, 3)))
+_RC: Any = {  # matplotlib types its settings as one long literal
+    "text.parse_math": False,  # a dollar sign in a family name is a dollar sign
+    "svg.fonttype": "none",
+    "svg.hashsalt": "scaling",
+    "font.family": "DejaVu Sans",
+    "font.size": 10.0,
+    "axes.labelsize": 10.0,
+    "axes.titlesize": 11.0,
+    "xtick.labelsize": 9.5,
+    "ytick.labelsize": 9.5,
+    "legend.fontsize": 9.5,
+    "axes.edgecolor": SOFT,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.unicode_minus": True,
+    "axes.titlelocation": "left",
+}
+_UP = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
+
+
+@dataclass(frozen=True)
+class FamilyStyle:
+    """One family's colour, marker and line style."""
+
+    colour: str
+    marker: str
+    line: object
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A drawn figure with what it says.
+
+    `svg` is its text (text kept as text, no date); `rows` are the plotted numbers (one dictionary per mark);
+    `alt` describes the figure in words with its fitted numbers; `key` is a file-name-safe name.
+    """
+
+    key: str
+    title: str
+    svg: str
+    rows: list[dict[str, object]]
+    alt: str
+
+    def csv(self) -> str:
+        """The plotted numbers as CSV text."""
+        return rows_to_csv(list(dict.fromkeys(key for row in self.rows for key in row)), self.rows)
+
+
+def styled[**P, R](draw: Callable[P, R]) -> Callable[P, R]:
+    """Run a drawing function under this module's settings and leave matplotlib's own as they were."""
+
+    @functools.wraps(draw)
+    def inside(*args: P.args, **kwargs: P.kwargs) -> R:
+        with matplotlib.rc_context(_RC):
+            return draw(*args, **kwargs)
+
+    return inside
+
+
+def render(figure: Figure, title: str) -> str:
+    """The figure as SVG text, the same bytes for the same numbers; call it once, inside `styled`."""
+    out = io.StringIO()
+    FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None, "Title": title})
+    # A hundredth of a point is finer than any screen; six decimals would double the page.
+    return re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path.group()), out.getvalue())
+
+
+def new_axes(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure in inches with one styled axes."""
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor=PAPER)
+    axes = figure.add_subplot()
+    axes.grid(True, color=GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=3)
+    return figure, axes
+
+
+def family_styles(names: Sequence[str], base: str | None = None) -> dict[str, FamilyStyle]:
+    """A style for each family, the base family always in vermillion squares, the first other one in blue."""
+    others = [name for name in names if name != base]
+    slots = [i for i in range(len(COLOURS)) if base not in names or i != 1]
+    styles = {
+        name: FamilyStyle(COLOURS[i], MARKERS[i], LINES[i])
+        for name, i in ((name, slots[k % len(slots)]) for k, name in enumerate(others))
+    }
+    if base is not None and base in names:
+        styles[base] = FamilyStyle(COLOURS[1], MARKERS[1], LINES[1])
+    return styles
+
+
+def log_x(axes: Axes, low: float, high: float) -> None:
+    """A logarithmic x axis with plain-text ticks: powers of ten, or 1-2-5 or powers of two for a short range."""
+    axes.set_xscale("log")
+    axes.set_xlim(low, high)
+    axes.xaxis.set_major_locator(FixedLocator(_ticks(low, high)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def log_y(axes: Axes, low: float, high: float) -> None:
+    """A logarithmic y axis with plain-text ticks."""
+    axes.set_yscale("log")
+    axes.set_ylim(low, high)
+    axes.yaxis.set_major_locator(FixedLocator(_ticks(low, high)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def linear_y(axes: Axes) -> None:
+    """A linear y axis without offset notation."""
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+    axes.ticklabel_format(axis="y", style="plain", useOffset=False)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    tens = [10.0**e for e in range(first, last + 1) if low <= 10.0**e <= high]
+    if len(tens) >= 3:
+        step = -(-len(tens) // 8)
+        return tens[::step]
+    return [m * 10.0**e for e in range(first, last + 1) for m in (1, 2, 5) if low <= m * 10.0**e <= high]
+
+
+def value_ticks(axes: Axes, values: FloatArray) -> None:
+    """Ticks at the swept values themselves (depths, lengths), thinned to nine."""
+    kept = np.unique(values)
+    axes.xaxis.set_major_locator(FixedLocator(list(kept[:: -(-len(kept) // 9)])))
+    axes.xaxis.set_minor_locator(FixedLocator([]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
+
+
+def tick(value: float) -> str:
+    """A tick's text: 10¹⁸ for large powers, plain digits for small numbers."""
+    if value <= 0:
+        return f"{value:g}"
+    exponent = math.floor(math.log10(value) + 1e-9)
+    if -3 <= exponent < 5:
+        return f"{value:.6g}"
+    mantissa = value / 10.0**exponent
+    lead = "" if abs(mantissa - 1) < 1e-6 else f"{mantissa:g}×"
+    return f"{lead}10{str(exponent).translate(_UP)}"
+
+
+def number(value: float, digits: int = 5) -> str:
+    """A number to read: `digits` significant digits, powers of ten as 1.2345×10⁶, a true minus sign."""
+    if not math.isfinite(value):
+        return "∞" if value > 0 else "−∞" if value < 0 else "–"
+    if value != 0 and not 1e-3 <= abs(value) < 1e6:
+        exponent = math.floor(math.log10(abs(value)))
+        mantissa = f"{value / 10.0**exponent:.{digits - 1}f}"
+        return f"{mantissa}×10{str(exponent).translate(_UP)}".replace("-", "−")
+    # "#" keeps trailing zeros: five significant digits are shown even where the last one is a zero.
+    return f"{value:#.{digits}g}".rstrip(".").replace("-", "−")
+
+
+def equation(form: str, params: dict[str, float], y: str, x: str) -> str:
+    """A fitted law in words: `NE = 0.69331 + 14.330·C^−0.15339`, five significant digits."""
+    b = params["b"]
+    a = number(params["a"])
+    if form == "loglin":
+        return f"{y} = {a} {'−' if b < 0 else '+'} {number(abs(b))}·ln {x}"
+    power = f"{number(abs(params['a'])) if form == 'power_const' else a}·{x}^{number(-b)}"
+    if form == "power":
+        return f"{y} = {power}"
+    return f"{y} = {number(params['c'])} {'−' if params['a'] < 0 else '+'} {power}"

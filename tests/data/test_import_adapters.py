@@ -1,0 +1,214 @@
+"""Adapters and the import cache, on generated folders and, where they are present, on the real ones."""
+
+import json
+import multiprocessing
+import os
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from genrec_jax.data.catalog import default_cache, load_any, recognise
+from genrec_jax.data.sequences import load
+from genrec_jax.data.summary import describe
+from genrec_jax.errors import UserError
+
+REAL = Path(__file__).parents[3] / "shared" / "data"
+
+RATINGS = [  # user, movie, rating, timestamp: user 2 comes first, one tie, one movie twice
+    (2, 30, 5, 1000),
+    (2, 10, 3, 900),
+    (1, 10, 4, 2000),
+    (1, 30, 1, 2000),
+    (2, 10, 4, 950),
+]
+
+
+def movielens(folder: Path, layout: str) -> Path:
+    folder.mkdir()
+    movies = "10::Amélie (2001)::Comedy|Romance\n20::Never Rated (1990)::Drama\n30::Heat (1995)::Action|Crime|Drama\n"
+    (folder / "movies.dat").write_bytes(movies.encode("latin-1"))
+    (folder / "users.dat").write_text("1::F::1::10::48067\n2::M::25::16::70072\n3::M::25::15::55117\n")
+    if layout == "original":
+        (folder / "ratings.dat").write_text("".join("::".join(map(str, row)) + "\n" for row in RATINGS))
+        return folder
+    pl.DataFrame(
+        {
+            "user_id": [r[0] for r in RATINGS],
+            "movie_id": [r[1] for r in RATINGS],
+            "timestamp": [r[3] for r in RATINGS],
+            "like": [r[2] >= 4 for r in RATINGS],
+            "rating": pl.Series([None if r[2] < 4 else r[2] for r in RATINGS], dtype=pl.Int8),
+            "time_rank": [2, 0, 1, 0, 1],  # the tie of user 1 is ordered against file order
+        }
+    ).write_parquet(folder / "ratings.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("layout", ["original", "parquet"])
+def test_movielens_1m(tmp_path, layout):
+    data = load(load_any(movielens(tmp_path / "raw", layout), tmp_path / "cache", quiet=True))
+    assert data.name == "ml-1m"
+    assert (data.users, data.events, data.schema.items) == (2, 5, 4)  # the movie without a rating is in the catalogue
+    tie = [1, 3] if layout == "original" else [3, 1]
+    assert data.item.tolist() == [1, 1, 3, *tie]
+    assert data.schema.tasks == ("like", "love")
+    likes = {1: [1, 0], 3: [0, 0]}
+    assert data.labels.tolist() == [[0, 0], [1, 0], [1, 1], likes[tie[0]], likes[tie[1]]]
+    assert data.time.tolist() == [0, 50, 100, 1100, 1100]
+    assert data.features["genres"].tolist() == [[0, 0, 0], [1, 2, 0], [3, 0, 0], [4, 5, 3]]
+    assert data.features["gender"].tolist() == [2, 1]  # users 2 and 1; F is the table's first category
+    assert data.features["age"].tolist() == [2, 1]
+    assert data.features["occupation"].tolist() == [2, 1]
+    assert [(f.name, f.level, f.width) for f in data.schema.features] == [
+        ("gender", "user", 1),
+        ("age", "user", 1),
+        ("occupation", "user", 1),
+        ("genres", "item", 3),
+    ]
+
+
+def test_movielens_100k(tmp_path):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    (raw / "ml-100k.inter").write_text(
+        "user_id:token\titem_id:token\trating:float\ttimestamp:float\n7\t2\t5\t20\n7\t1\t3\t10\n"
+    )
+    (raw / "ml-100k.item").write_text(
+        'item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq\n1\t"A\t1995\tDrama Sci-Fi\n2\tB\t\t\n'
+    )
+    (raw / "ml-100k.user").write_text(
+        "user_id:token\tage:token\tgender:token\toccupation:token\tzip_code:token\n7\t24\tM\twriter\t8\n"
+    )
+    data = load(load_any(raw, tmp_path / "cache", quiet=True))
+    assert data.name == "ml-100k"
+    assert data.item.tolist() == [1, 2]
+    assert data.labels.tolist() == [[0, 0], [1, 1]]
+    assert data.features["genres"].tolist() == [[0, 0], [1, 2], [0, 0]]
+    assert data.features["occupation"].tolist() == [1]
+
+
+def test_amazon_orders_a_day_by_position(tmp_path):
+    raw = amazon(tmp_path / "raw")
+    data = load(load_any(raw, tmp_path / "cache", quiet=True))
+    assert data.name == "amazon-beauty"
+    assert data.schema.tasks == ()
+    keys = pl.read_parquet(data.path / "keys/items.parquet")["key"].to_list()
+    assert [keys[i - 1] for i in data.item] == [12, 11, 13, 11]
+
+
+def amazon(folder: Path) -> Path:
+    folder.mkdir()
+    pl.DataFrame(
+        {"user": [0, 0, 0, 1], "pos": [1, 0, 2, 0], "item": [11, 12, 13, 11], "timestamp": [0, 0, 86_400, 0]}
+    ).write_parquet(folder / "reviews.parquet")
+    return folder
+
+
+def test_globo_reads_milliseconds_and_context(tmp_path):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    context = ("environment", "deviceGroup", "os", "country", "region", "referrer_type")
+    pl.DataFrame(
+        {"user_id": [0, 0, 1], "click_article_id": [157, 68, 157], "click_timestamp": [5_500, 4_999, 4_000]}
+        | {f"click_{name}": [4, 1, 4] for name in context}
+    ).write_parquet(raw / "clicks.parquet")
+    data = load(load_any(raw, tmp_path / "cache", quiet=True))
+    assert data.item.tolist() == [2, 1, 1]
+    assert data.time.tolist() == [0, 1, 0]
+    assert tuple(f.name for f in data.schema.features) == context
+    assert all(data.features[name].tolist() == [2, 1, 1] for name in context)
+
+
+def test_a_dataset_folder_is_returned_as_it_is(tmp_path):
+    dataset = load_any(amazon(tmp_path / "raw"), tmp_path / "cache", quiet=True)
+    assert load_any(dataset, tmp_path / "unused") == dataset
+    assert not (tmp_path / "unused").exists()
+
+
+def test_the_cache_is_used_until_a_file_changes(tmp_path, monkeypatch):
+    monkeypatch.setenv("GENREC_CACHE", str(tmp_path / "cache"))
+    raw = amazon(tmp_path / "raw")
+    first = load_any(raw, quiet=True)
+    assert first.parent == default_cache() == tmp_path / "cache/datasets"
+    stamp = (first / "dataset.json").stat().st_mtime_ns
+    assert load_any(raw, quiet=True) == first
+    assert (first / "dataset.json").stat().st_mtime_ns == stamp
+    os.utime(raw / "reviews.parquet", (1, 1))
+    assert load_any(raw, quiet=True) != first
+
+
+def test_default_cache_is_in_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.delenv("GENREC_CACHE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert default_cache() == tmp_path / ".cache/genrec/datasets"
+
+
+def test_parallel_callers_import_once(tmp_path):
+    raw, cache = movielens(tmp_path / "raw", "original"), tmp_path / "cache"
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
+        found = pool.starmap(_load_quietly, [(raw, cache)] * 6)
+    assert len({path for path, _ in found}) == 1
+    assert len({inode for _, inode in found}) == 1  # imported once: nobody replaced another's folder
+    assert {p.suffix for p in cache.iterdir() if not p.is_dir()} == {".lock"}
+
+
+def _load_quietly(raw: Path, cache: Path) -> tuple[Path, int]:
+    path = load_any(raw, cache, quiet=True)
+    return path, (path / "dataset.json").stat().st_ino
+
+
+@pytest.mark.parametrize(("name", "message"), [("empty", "import your own log with `genrec data"), ("no", "not exist")])
+def test_unknown_folders_are_refused(tmp_path, name, message):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=message):
+        load_any(tmp_path / name, tmp_path / "cache")
+
+
+def test_a_file_for_a_cache_is_refused(tmp_path):
+    (tmp_path / "cache").write_text("")
+    with pytest.raises(UserError, match="set GENREC_CACHE"):
+        load_any(amazon(tmp_path / "raw"), tmp_path / "cache", quiet=True)
+
+
+COUNTS = {
+    "ml-1m": (6_040, 3_883, 1_000_209),
+    "ml-100k": (943, 1_682, 100_000),
+    "amazon-beauty": (22_363, 12_101, 198_502),
+    "globo": (322_897, 46_033, 2_988_181),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_real_data(tmp_path, name):
+    if not (REAL / name).is_dir():
+        pytest.skip(f"no {name} beside the project")
+    data = load(load_any(REAL / name, tmp_path, quiet=True))
+    assert (data.users, data.schema.items - 1, data.events) == COUNTS[name]
+    inside = np.ones(data.events - 1, bool)
+    inside[data.offsets[1:-1] - 1] = False  # the steps from one user to the next
+    assert (np.diff(data.time)[inside] >= 0).all()
+    assert data.item.min() == 1
+    assert data.item.max() < data.schema.items
+    for feature in data.schema.features:
+        assert data.features[feature.name].max() == feature.vocab - 1
+    assert json.dumps(describe(data.path))
+
+
+def test_real_movielens_keeps_the_order_of_the_source(tmp_path):
+    if not (REAL / "ml-1m").is_dir():
+        pytest.skip("no ml-1m beside the project")
+    data = load(load_any(REAL / "ml-1m", tmp_path, quiet=True))
+    source = pl.read_parquet(REAL / "ml-1m/ratings.parquet").sort("user_id", "time_rank")
+    items = pl.read_parquet(data.path / "keys/items.parquet")["key"].to_numpy()
+    np.testing.assert_array_equal(items[data.item - 1], source["movie_id"].to_numpy())
+    np.testing.assert_array_equal(data.labels[:, 0], source["like"].to_numpy())
+    np.testing.assert_array_equal(data.labels[:, 1], (source["rating"] == 5).fill_null(False).to_numpy())
+    np.testing.assert_array_equal(data.time + data.origin, source["timestamp"].to_numpy())
+
+
+def test_adapters_do_not_take_each_others_folders(tmp_path):
+    assert recognise(movielens(tmp_path / "a", "parquet")).name == "ml-1m"  # type: ignore[union-attr]
+    assert recognise(amazon(tmp_path / "b")).name == "amazon-beauty"  # type: ignore[union-attr]
+    assert recognise(tmp_path) is None

@@ -1,0 +1,84 @@
+import itertools
+
+import numpy as np
+import pytest
+
+from genrec_jax.data.splits import PARTS, hash64, kept_users, split_by_time, split_last_two
+from genrec_jax.errors import UserError
+from tests.data.helpers import dataset, random_dataset
+
+
+def ranges(split):
+    return {part: [tuple(pair) for pair in zip(*(a.tolist() for a in split.ranges(part)))] for part in PARTS}
+
+
+def test_time_split_by_hand(tmp_path):
+    # Ten events at 0..9; shares .6, .2, .2 put the boundaries at times 6 and 8. User 1 has no events.
+    sequences = dataset(tmp_path / "d", [[0, 2, 4, 6, 8], [], [1, 3, 5, 7, 9]])
+    assert ranges(split_by_time(sequences, 0.2, 0.2)) == {
+        "train": [(0, 3), (5, 5), (5, 8)],
+        "validation": [(3, 4), (5, 5), (8, 9)],
+        "test": [(4, 5), (5, 5), (9, 10)],
+    }
+
+
+def test_events_tied_at_a_boundary_are_all_later(tmp_path):
+    sequences = dataset(tmp_path / "d", [[0, 1, 5, 5, 8], [2, 5, 5, 5, 9]])  # the 60% quantile lies among the fives
+    assert ranges(split_by_time(sequences, 0.2, 0.2))["train"] == [(0, 2), (5, 6)]
+    assert ranges(split_by_time(sequences, 0.2, 0.2))["validation"] == [(2, 4), (6, 9)]
+
+
+def test_time_split_parts_are_ordered_and_of_the_asked_size(tmp_path):
+    sequences = random_dataset(tmp_path / "d", users=200)
+    split = split_by_time(sequences, 0.1, 0.2)
+    times = {}
+    for part in PARTS:
+        start, stop = split.ranges(part)
+        times[part] = np.concatenate([sequences.time[a:b] for a, b in zip(start, stop)])
+    assert times["train"].max() < times["validation"].min()
+    assert times["validation"].max() < times["test"].min()
+    assert sum(map(len, times.values())) == sequences.events
+    assert len(times["test"]) == pytest.approx(0.2 * sequences.events, rel=0.1)
+    assert len(times["validation"]) == pytest.approx(0.1 * sequences.events, rel=0.2)
+
+
+def test_last_two_events_are_held_out(tmp_path):
+    sequences = dataset(tmp_path / "d", [[0, 1, 2, 3], [0], [0, 1], [], [0, 1, 2]])
+    assert ranges(split_last_two(sequences)) == {
+        "train": [(0, 2), (4, 5), (5, 7), (7, 7), (7, 8)],  # fewer than three events: all training
+        "validation": [(2, 3), (5, 5), (7, 7), (7, 7), (8, 9)],
+        "test": [(3, 4), (5, 5), (7, 7), (7, 7), (9, 10)],
+    }
+
+
+@pytest.mark.parametrize(
+    ("times", "part"),
+    [([[0, 0, 0, 0]], "train"), ([[0, 1, 1, 1, 1, 1]], "validation")],
+)
+def test_empty_part_is_refused_by_name(tmp_path, times, part):
+    with pytest.raises(UserError, match=f"'tiny' has no {part} events"):
+        split_by_time(dataset(tmp_path / "d", times), 0.25, 0.25)
+
+
+def test_no_user_long_enough_is_refused(tmp_path):
+    with pytest.raises(UserError, match="'tiny' has no validation events: no user has three"):
+        split_last_two(dataset(tmp_path / "d", [[0, 1], [0]]))
+
+
+def test_no_events_is_refused(tmp_path):
+    with pytest.raises(UserError, match="'tiny' has no events"):
+        split_by_time(dataset(tmp_path / "d", [[]]), 0.1, 0.1)
+
+
+def test_fractions_are_nested_and_of_the_asked_size():
+    kept = [kept_users(20000, fraction) for fraction in (0.1, 0.25, 0.5, 1.0)]
+    for smaller, larger in itertools.pairwise(kept):
+        assert (smaller <= larger).all()
+    assert [k.mean() for k in kept] == pytest.approx([0.1, 0.25, 0.5, 1.0], abs=0.01)
+    assert (kept_users(30000, 0.25)[:20000] == kept[1]).all()  # a user's fate does not depend on the others
+
+
+def test_hash_is_splitmix64():
+    # First outputs of the published generator from state 0: 0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4.
+    state = np.array([0, 0x9E3779B97F4A7C15], np.uint64)
+    assert hash64(state).tolist() == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4]

@@ -1,0 +1,92 @@
+"""A trainer without training: a few steps of sleep, a checkpoint after each, and a journal of everything it did."""
+
+import json
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from experiments.study import PlannedTrial
+from genrec_jax.config import DataConfig, Trial
+from genrec_jax.errors import UserError
+from genrec_jax.models.base import ModelConfig
+from genrec_jax.train.record import write_json
+
+TRAINER = "fake_trainer:train"
+
+
+@dataclass(frozen=True)
+class FakeConfig(ModelConfig):
+    """behaviour: "" or what goes wrong."""
+
+    name: ClassVar[str] = "fake"
+    width: int = 8
+    steps: int = 4
+    step_seconds: float = 0.01
+    behaviour: str = ""
+
+
+def plan(count: int, study: str = "study", **settings: Any) -> list[PlannedTrial]:
+    """Trials of growing width in two families."""
+    return [
+        PlannedTrial(
+            trial=Trial(DataConfig(path="data/world"), FakeConfig(width=8 + k, **settings), seed=k % 2),
+            study=study,
+            family="even" if k % 2 == 0 else "odd",
+            label=f"width={8 + k}",
+            axis="model.width",
+        )
+        for k in range(count)
+    ]
+
+
+def train(trial: Trial, run_dir: Path, *, on_progress: Any = None) -> dict[str, Any]:
+    """Resumes after the last checkpoint; the result depends on the trial alone, but for its seconds."""
+    config = trial.model
+    assert isinstance(config, FakeConfig)
+    began = time.monotonic()
+    journal(run_dir, "start")
+    checkpoint = run_dir / "checkpoint.json"
+    step = json.loads(checkpoint.read_text())["step"] if checkpoint.exists() else 0
+    while step < config.steps:
+        step += 1
+        journal(run_dir, f"step {step}")
+        time.sleep(config.step_seconds)
+        misbehave(config.behaviour, step, run_dir)
+        write_json(checkpoint, {"step": step})
+        on_progress({"step": step, "steps": config.steps, "loss": 1 / step, "examples_per_second": 100.0})
+    result = {
+        "status": "diverged" if config.behaviour == "diverge" else "done",
+        "dataset": "world",
+        "ne/like": 1 / config.width,
+        "versions": {"jax": "0"},
+        "ignored": [1, 2],
+        "train_seconds": time.monotonic() - began,
+        "cpus": len(os.sched_getaffinity(0)),
+    }
+    write_json(run_dir / "result.json", result)
+    journal(run_dir, "finish")
+    return result
+
+
+def misbehave(behaviour: str, step: int, run_dir: Path) -> None:
+    if behaviour == "raise" and step == 2:
+        raise ValueError("the loss is\x1b[31m a fish")
+    if behaviour == "refuse":
+        raise UserError("data/world: no such dataset")
+    if behaviour == "die once" and step == 3 and not (run_dir / "died").exists():
+        (run_dir / "died").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def journal(run_dir: Path, event: str) -> None:
+    with (run_dir / "journal.txt").open("a") as file:
+        file.write(f"{os.getpid()} {event}\n")
+
+
+def read_journal(run_dir: Path) -> list[tuple[int, str]]:
+    path = run_dir / "journal.txt"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [(int(pid), event) for pid, _, event in (line.partition(" ") for line in lines)]

@@ -1,0 +1,98 @@
+from typing import Any
+
+import pytest
+from fake_trainer import FakeConfig
+
+from experiments.study import Study
+from experiments.sweep import Sweep, ladder, model, models, param, zipped
+from genrec_jax.errors import UserError
+from genrec_jax.models import registry
+
+
+@pytest.fixture(autouse=True)
+def fake_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry._MODELS, "fake", (FakeConfig, object))  # type: ignore[arg-type]
+
+
+def study(points: Sweep, **settings: Any) -> Study:
+    defaults: dict[str, Any] = {"metric": "ne", "axis": "model.width", "axis_label": "width", "data": "any log"}
+    return Study("depth", "Depth", "Does depth pay?", {"small": points}, **{**defaults, **settings})
+
+
+def test_product_pairs_everything() -> None:
+    points = list(model("fake") * param("model.width", [8, 16], axis=True) * param("seed", [0, 1]))
+    assert [(p.label, p.axis_value, p.values) for p in points] == [
+        ("width=8", 8, {"model.width": 8, "seed": 0}),
+        ("width=8", 8, {"model.width": 8, "seed": 1}),
+        ("width=16", 16, {"model.width": 16, "seed": 0}),
+        ("width=16", 16, {"model.width": 16, "seed": 1}),
+    ]
+    assert {p.family for p in points} == {"fake"}
+
+
+def test_zip_walks_in_step_and_sum_concatenates() -> None:
+    sweep = zipped(param("model.width", [8, 16]), param("train.learning_rate", [1e-3, 5e-4])) + param(
+        "model.steps", [3]
+    )
+    assert [p.label for p in sweep] == ["width=8 learning_rate=0.001", "width=16 learning_rate=0.0005", "steps=3"]
+    with pytest.raises(UserError, match="2 and 1 points"):
+        zipped(param("model.width", [8, 16]), param("seed", [0]))
+
+
+def test_ladder_names_its_rungs() -> None:
+    rungs = {"S": {"model.width": 8, "model.steps": 2}, "M": {"model.width": 16, "model.steps": 4}}
+    assert [(p.label, p.axis_value) for p in ladder(rungs, axis="model.width")] == [("S", 8), ("M", 16)]
+    assert [p.axis_value for p in ladder(rungs)] == [None, None]
+    with pytest.raises(UserError, match=r"rung 'S' .* 'model.depth'"):
+        ladder(rungs, axis="model.depth")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: param("seed", [0]) * param("seed", [1]), "sets 'seed' twice"),
+        (lambda: model("fake") * models("fake", "hstu"), "two models"),
+        (lambda: param("seed", [0], axis=True) * param("model.width", [8], axis=True), "two axes"),
+    ],
+)
+def test_nothing_is_set_twice(make: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+def test_study_resolves_its_trials() -> None:
+    points = model("fake", family="wide") * param("model.width", [8, 16], axis=True) * param("seed", [0, 1])
+    planned = study(points, base={"train.batch_rows": 7}).trials("data/world", "small", {"model.steps": "9"})
+    assert [one.name for one in planned][:2] == ["wide width=8 seed=0", "wide width=8 seed=1"]
+    trial = planned[3].trial
+    assert isinstance(trial.model, FakeConfig)
+    assert (trial.data.path, trial.train.batch_rows, trial.model.width, trial.model.steps, trial.seed) == (
+        "data/world",
+        7,
+        16,
+        9,
+        1,
+    )
+    assert (planned[3].study, planned[3].axis, planned[3].axis_value) == ("depth", "model.width", 16)
+    assert len({one.trial.hash for one in planned}) == 4
+
+
+@pytest.mark.parametrize(
+    ("points", "settings", "overrides", "message"),
+    [
+        (model("fake") * param("model.depht", [1]), {}, {}, "unknown configuration key 'model.depht'"),
+        (model("fake"), {}, {"model.depht": 1}, "unknown configuration key 'model.depht'"),
+        (model("fake") * param("seed", [0]), {}, {"seed": 3}, "'seed' is swept"),
+        (model("fake") * param("seed", [0]), {"base": {"seed": 1}}, {}, "'seed' is swept"),
+        (param("seed", [0]), {}, {}, "names no model"),
+        (model("fake") + model("fake"), {}, {}, "two points of study 'depth' are called 'fake seed=0'"),
+    ],
+)
+def test_study_refuses(points: Sweep, settings: Any, overrides: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        study(points, **settings).trials("data/world", "small", overrides)
+
+
+def test_unknown_budget_is_refused() -> None:
+    with pytest.raises(UserError, match="has no budget 'large'; it has: small"):
+        study(model("fake")).trials("data/world", "large")

@@ -1,0 +1,353 @@
+"""DLRM, DCN-v2 and DIN against their papers' equations in numpy, and what every pointwise ranker must satisfy."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from genrec_jax.batch import Batch, Candidates, Context, History, Shape
+from genrec_jax.data.schema import Feature, Schema
+from genrec_jax.errors import UserError
+from genrec_jax.models.base import Build
+from genrec_jax.models.dcn import DCN, DCNConfig
+from genrec_jax.models.din import DIN, DINConfig
+from genrec_jax.models.dlrm import DLRM, DLRMConfig
+from genrec_jax.nn.features import request_features
+from genrec_jax.objectives import bce
+
+FEATURES = (Feature("country", 5, 1, "user"), Feature("genres", 12, 3, "item"), Feature("brand", 40, 1, "item"))
+SCHEMA = Schema(items=30, tasks=("like", "long"), features=FEATURES)
+SHAPE = Shape(history=12, candidates=3)
+DAY = 86_400
+MODELS = {"dlrm": (DLRM, DLRMConfig), "dcn": (DCN, DCNConfig), "din": (DIN, DINConfig)}
+SMALL = {
+    "dlrm": {"embedding": 6, "bottom": (8,), "width": 10},
+    "dcn": {"embedding": 6, "cross": 2, "width": 10},
+    "dcn-low-rank": {"embedding": 6, "cross": 2, "rank": 4, "width": 10},
+    "din": {"embedding": 6, "attention": (7, 5), "width": 10},
+}
+
+
+def random_requests(count, *, candidates=3, seed=0, lengths=(0, 5, 1, 12)):
+    """Requests as plain dictionaries; the first has no history."""
+    rng = np.random.default_rng(seed)
+
+    def items(n):
+        ids = rng.integers(0, 12, (n, 3)) * (rng.random((n, 3)) < 0.7)
+        return {"genres": ids.astype(np.int32), "brand": rng.integers(0, 6, n).astype(np.int32)}
+
+    requests = []
+    for i in range(count):
+        n = lengths[i % len(lengths)]
+        times = np.sort(rng.integers(0, 40 * DAY, n + 1)).astype(np.int32)
+        requests.append(
+            {
+                "user": i,
+                "country": int(rng.integers(0, 5)),
+                "item": rng.integers(1, 30, n).astype(np.int32),
+                "time": times[:-1],
+                "labels": rng.integers(0, 2, (n, 2)).astype(np.uint8),
+                "features": items(n),
+                "request_time": times[-1],
+                "candidates": rng.integers(1, 30, candidates).astype(np.int32),
+                "candidate_features": items(candidates),
+                "candidate_labels": rng.integers(0, 2, (candidates, 2)).astype(np.uint8),
+            }
+        )
+    return requests
+
+
+def pack(requests, *, segments, history, padding=0):
+    """A Batch of ``segments`` requests per row; ``padding`` fills every slot that belongs to none."""
+    k, b = len(requests[0]["candidates"]), math.ceil(len(requests) / segments)
+
+    def empty(*shape, dtype=np.int32):
+        return np.full((b, *shape), padding, dtype)
+
+    n, c = (history,), (segments * k,)
+    past = History(
+        empty(*n),
+        empty(*n),
+        empty(*n, 2, dtype=np.uint8),
+        np.zeros((b, *n), np.int32),
+        np.zeros((b, *n), bool),
+        {"genres": empty(*n, 3), "brand": empty(*n)},
+    )
+    slots = Candidates(
+        empty(*c),
+        empty(*c),
+        empty(*c, 2, dtype=np.uint8),
+        np.zeros((b, *c), np.int32),
+        {"genres": empty(*c, 3), "brand": empty(*c)},
+    )
+    user, country, used = np.full((b, segments), -1, np.int32), empty(segments), [0] * b
+    for i, r in enumerate(requests):
+        row, s = divmod(i, segments)
+        h, v = slice(used[row], used[row] + len(r["item"])), slice(s * k, (s + 1) * k)
+        used[row] = h.stop
+        past.item[row, h], past.time[row, h], past.labels[row, h] = r["item"], r["time"], r["labels"]
+        past.segment[row, h], slots.segment[row, v] = s + 1, s + 1
+        slots.item[row, v], slots.time[row, v] = r["candidates"], r["request_time"]
+        slots.labels[row, v] = r["candidate_labels"]
+        for name in ("genres", "brand"):
+            past.features[name][row, h] = r["features"][name]
+            slots.features[name][row, v] = r["candidate_features"][name]
+        user[row, s], country[row, s] = r["user"], r["country"]
+    return jax.tree.map(jnp.asarray, Batch(user, Context({"country": country}), past, slots))
+
+
+def build(case, *, shape=SHAPE, dtype=jnp.float32, **sizes):
+    model, config = MODELS[case.split("-")[0]]
+    return model(config(**{**SMALL[case], **sizes}), Build(SCHEMA, shape, jnp.dtype(dtype)), rngs=nnx.Rngs(0))
+
+
+@functools.cache
+def scorer(case):
+    """A small model with every parameter moved off zero, its parameters, and its jitted (params, batch) -> logits."""
+    graph, params = nnx.split(build(case))
+    rng = np.random.default_rng(7)
+    params = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), params)
+    return nnx.merge(graph, params), params, jax.jit(lambda p, b: nnx.merge(graph, p)(b))
+
+
+def score(case, batch):
+    _, params, run = scorer(case)
+    return np.asarray(run(params, batch))
+
+
+REQUESTS = random_requests(6)
+every_model = pytest.mark.parametrize("case", SMALL)
+
+
+@functools.cache
+def batches():
+    """The same six requests, one per row and three per row with poisoned padding."""
+    return pack(REQUESTS, segments=1, history=12), pack(REQUESTS, segments=3, history=20, padding=1)
+
+
+def mlp(layers, x, activation):
+    for i, layer in enumerate(layers):
+        x = x @ np.float64(layer.kernel[...]) + (0 if layer.bias is None else np.float64(layer.bias[...]))
+        x = activation(x) if i + 1 < len(layers) else x
+    return x
+
+
+def relu(x):
+    return np.maximum(x, 0)
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def inputs(case):
+    """The model with its fields [6, 3, F, d] and dense features of the requests in float64 (tested on their own)."""
+    model, params, _ = scorer(case)
+    graph = nnx.graphdef(model)
+    run = jax.jit(lambda p, b: (nnx.merge(graph, p).fields(b), request_features(b, SCHEMA)))
+    fields, dense = run(params, batches()[0])
+    return model, np.float64(fields), np.float64(dense)
+
+
+def test_dlrm_equations():
+    model, fields, dense = inputs("dlrm")
+    batch = batches()[0]
+    b = relu(mlp(model.bottom.layers, dense, relu))
+    v = np.concatenate([b[:, :, None], fields], axis=2)
+    dots = [np.sum(v[:, :, i] * v[:, :, j], -1) for i in range(v.shape[2]) for j in range(i)]
+    z = np.concatenate([b, np.stack(dots, -1)], -1)
+    np.testing.assert_allclose(score("dlrm", batch), mlp(model.top.layers, z, relu), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["dcn", "dcn-low-rank"])
+def test_dcn_equations(case):
+    model, fields, dense = inputs(case)
+    batch = batches()[0]
+    x0 = np.concatenate([fields.reshape(*fields.shape[:2], -1), dense], -1)
+    x = x0
+    for layer, up in enumerate(model.cross.up):
+        inner = x @ np.float64(model.cross.down[layer].kernel[...]) if "rank" in case else x
+        x = x0 * (inner @ np.float64(up.kernel[...]) + np.float64(up.bias[...])) + x
+    np.testing.assert_allclose(score(case, batch), mlp(model.deep.layers, x, relu), rtol=1e-4, atol=1e-4)
+
+
+def test_din_equations():
+    """The activation unit in the paper's form: one matrix over [e, v, e - v, e * v], here with zeros for e - v."""
+    model, fields, dense = inputs("din")
+    batch = batches()[0]
+    unit = model.unit
+    kernels = [np.float64(x.kernel[...]) for x in (unit.event, unit.target, unit.product)]
+    first = np.concatenate([kernels[0], kernels[1], np.zeros_like(kernels[0]), kernels[2]])
+    labels = np.float64(batch.history.labels) @ np.float64(model.actions.kernel[...])
+    events = np.float64(model.fields.history(batch)) + labels
+    targets = fields[:, :, 1:4].reshape(6, 3, -1)  # after the country: item, genres, brand
+    u = np.zeros_like(targets)
+    for r, c in np.ndindex(*u.shape[:2]):
+        for e in events[r, : len(REQUESTS[r]["item"])]:
+            v = targets[r, c]
+            hidden = silu(np.concatenate([e, v, e - v, e * v]) @ first + np.float64(unit.event.bias[...]))
+            u[r, c] += mlp(unit.rest.layers, hidden, silu) * e
+    x = np.concatenate([u, fields.reshape(*fields.shape[:2], -1), dense], -1)
+    np.testing.assert_allclose(score("din", batch), mlp(model.deep.layers, x, silu), rtol=1e-4, atol=1e-4)
+
+
+@every_model
+def test_packed_equals_separate_and_padding_is_ignored(case):
+    one, three = batches()
+    logits = score(case, one)
+    assert logits.shape == (6, 3, 2)
+    assert logits.dtype == np.float32
+    assert np.isfinite(logits).all()  # the first request has no history
+    np.testing.assert_allclose(score(case, three).reshape(6, 3, 2), logits, rtol=1e-4, atol=1e-5)
+    poisoned = pack(REQUESTS, segments=1, history=12, padding=1)
+    np.testing.assert_allclose(score(case, poisoned), logits, rtol=1e-6)
+
+
+@every_model
+def test_candidates_are_scored_independently_of_order_and_labels(case):
+    batch = batches()[0]
+    turned = jax.tree.map(lambda x: jnp.roll(x, 1, axis=1), batch.candidates)
+    turned = dataclasses.replace(turned, labels=1 - turned.labels)
+    rolled = score(case, dataclasses.replace(batch, candidates=turned))
+    np.testing.assert_allclose(rolled, np.roll(score(case, batch), 1, axis=1), rtol=1e-4, atol=1e-5)
+
+
+def changes(batch):
+    """One change to each thing a ranker may look at, in the request of row 3 (12 past events)."""
+    history, candidates = batch.history, batch.candidates
+
+    def past(**values):
+        return dataclasses.replace(batch, history=dataclasses.replace(history, **values))
+
+    def slots(**values):
+        return dataclasses.replace(batch, candidates=dataclasses.replace(candidates, **values))
+
+    def bumped(features, name, vocab):
+        return {**features, name: features[name].at[3].set((features[name][3] + 1) % vocab)}
+
+    country = (batch.context.features["country"] + 1) % 5
+    yield "context", dataclasses.replace(batch, context=Context({"country": country}))
+    yield "history item", past(item=history.item.at[3, 4].set(history.item[3, 4] % 29 + 1))
+    yield "history label", past(labels=history.labels.at[3, 4].set(1 - history.labels[3, 4]))
+    yield "history time", past(time=history.time.at[3, 11].add(-1000))
+    yield "history feature", past(features=bumped(history.features, "genres", 12))
+    yield "candidate item", slots(item=candidates.item.at[3].set(candidates.item[3] % 29 + 1))
+    yield "candidate feature", slots(features=bumped(candidates.features, "brand", 40))
+    yield "request time", slots(time=candidates.time.at[3].add(7200))
+
+
+@every_model
+def test_every_input_changes_the_logits_of_its_own_row_only(case):
+    batch = batches()[0]
+    before = score(case, batch)
+    for name, changed in changes(batch):
+        moved = np.abs(score(case, changed) - before).max(axis=(1, 2))
+        assert moved[3] > 1e-5, name
+        if name != "context":
+            assert moved[[0, 1, 2, 4, 5]].max() < 1e-6, name
+
+
+@every_model
+def test_loss_is_masked_bce_and_reaches_every_parameter(case):
+    model, params, _ = scorer(case)
+    batch = batches()[1]
+    batch = dataclasses.replace(
+        batch, candidates=dataclasses.replace(batch.candidates, segment=batch.candidates.segment.at[0, :3].set(0))
+    )
+    graph = nnx.graphdef(model)
+    run = jax.jit(jax.value_and_grad(lambda p, b: nnx.merge(graph, p).loss(b, nnx.Rngs(0)), has_aux=True))
+    (loss, count), gradient = run(params, batch)
+    mask = np.asarray(batch.candidates.segment) > 0
+    assert float(count) == mask.sum() == 15
+    expected, _ = bce(score(case, batch), batch.candidates.labels, mask)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    for path, leaf in nnx.to_flat_state(gradient):
+        values = np.asarray(leaf[...])
+        assert np.isfinite(values).all(), path
+        assert np.abs(values).max() > 0, path
+        if path[-1] == "rows_table":
+            assert not values[0].any(), path
+
+
+@every_model
+def test_dropout_acts_in_training_only(case):
+    _, params, _ = scorer(case)
+    graph, batch = nnx.graphdef(build(case, dropout=0.5)), batches()[0]
+    loss = jax.jit(lambda p, b, key: nnx.merge(graph, p).loss(b, nnx.Rngs(key))[0])
+    assert len({float(loss(params, batch, jax.random.key(seed))) for seed in (0, 1)}) == 2
+    off = jax.jit(lambda p, b: nnx.merge(graph, p)(b))(params, batch)
+    np.testing.assert_array_equal(off, score(case, batch))
+
+
+@every_model
+def test_bfloat16_is_close(case):
+    batch = batches()[0]
+    graph, params = nnx.graphdef(build(case, dtype=jnp.bfloat16)), scorer(case)[1]
+    low = jax.jit(lambda p, b: nnx.merge(graph, p)(b))(params, batch)
+    assert low.dtype == jnp.float32
+    high = score(case, batch)
+    assert 0 < np.abs(low - high).max() < 0.05 * np.abs(high).max()
+
+
+@every_model
+def test_cost_counts_every_parameter(case):
+    model = build(case)
+    cost = model.cost(SHAPE)
+    assert cost.dense_params + cost.embedding_params == sum(x.size for x in jax.tree.leaves(nnx.state(model)))
+    assert cost.embedding_params == 6 * (30 + 5 + 12 + 40)
+
+
+FIELDS, DENSE, BAGS = 7, 8 + 2 * 2 + 4 * 2, 2 * 12 * 3 * 6  # bags: 12 events, 3 bags of 6-vectors
+BY_HAND = {
+    "dlrm": BAGS + 3 * 2 * (DENSE * 8 + 8 * 6 + 28 * 6 + (6 + 28) * 10 + 10 * 10 + 10 * 2),
+    "dcn": BAGS + 3 * 2 * (2 * 62**2 + 62 * 10 + 10 * 10 + 10 * 2),
+    "dcn-low-rank": BAGS + 3 * 2 * (2 * 2 * 62 * 4 + 62 * 10 + 10 * 10 + 10 * 2),
+    "din": BAGS
+    + 2 * 12 * (2 * 18 + 18 * 7)  # labels -> e_j; e_j's part of the unit's first layer
+    + 2 * 3 * 18 * 7  # v's part
+    + 2 * 36 * (18 * 7 + 7 * 5 + 5 + 18)  # products, rest of the unit and weighted sum per pair
+    + 3 * 2 * ((18 + 62) * 10 + 10 * 10 + 10 * 2),
+}
+
+
+@every_model
+def test_flops_by_hand(case):
+    assert FIELDS * 6 + DENSE == 62
+    assert build(case).cost(SHAPE).flops == BY_HAND[case]
+
+
+LARGE = {
+    "dlrm": {"embedding": 16, "bottom": (128,), "width": 512, "depth": 3},
+    "dcn": {"embedding": 48, "width": 256},
+    "dcn-low-rank": {"embedding": 48, "rank": 128, "width": 512},
+    "din": {"embedding": 48, "attention": (128, 64), "width": 256},
+}
+
+
+@every_model
+def test_flops_match_the_compiler(case):
+    model, batch = build(case, **LARGE[case]), batches()[0]
+    graph, params = nnx.split(model)
+    compiled = jax.jit(lambda p, b: nnx.merge(graph, p)(b)).lower(params, batch).compile()
+    assert compiled.cost_analysis()["flops"] == pytest.approx(6 * model.cost(SHAPE).flops, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("case", "sizes"),
+    [
+        ("dlrm", {"width": 0}),
+        ("dlrm", {"bottom": (0,)}),
+        ("dcn", {"cross": 0}),
+        ("dcn", {"rank": -1}),
+        ("din", {"attention": ()}),
+        *((name, {"dropout": 1.0}) for name in MODELS),
+    ],
+)
+def test_impossible_sizes_name_the_key(case, sizes):
+    with pytest.raises(UserError, match=f"model.{next(iter(sizes))}"):
+        MODELS[case][1](**sizes).check()

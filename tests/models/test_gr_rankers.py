@@ -1,0 +1,239 @@
+"""Properties that every generative ranker must have, whatever its layout and blocks."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from genrec_jax.batch import Shape
+from tests.models.gr_helpers import RANKERS, change, make, pack, random_batch
+
+SHAPE = Shape(history=10, candidates=3)
+LENGTHS = [[10], [4], [0], [3]]
+
+every_ranker = pytest.mark.parametrize("name", RANKERS)
+generative = pytest.mark.parametrize("name", [n for n, c in RANKERS.items() if c.rows == "windows"])
+
+
+@functools.cache
+def model(name):
+    return make(name, SHAPE)
+
+
+@functools.cache
+def _jitted(name):
+    graph, state = nnx.split(model(name))
+    score = jax.jit(lambda s, batch: nnx.merge(graph, s)(batch))
+    events = jax.jit(lambda s, batch: _event_logits(nnx.merge(graph, s), batch))
+    return state, score, events
+
+
+def _event_logits(ranker, batch):
+    ranker = getattr(ranker, "ranker", ranker)
+    return ranker.logits(ranker.states(batch, None)[0])
+
+
+def scores(name, batch, state=None):
+    own, score, _ = _jitted(name)
+    return np.asarray(score(own if state is None else state, batch))
+
+
+def event_scores(name, batch):
+    state, _, events = _jitted(name)
+    return np.asarray(events(state, batch))
+
+
+def batch():
+    return random_batch(SHAPE, LENGTHS)
+
+
+def candidate_fields(c, index):
+    """The candidates at slots ``index`` of every row."""
+    fields = {f: getattr(c, f)[:, index] for f in ("item", "time", "labels", "segment")}
+    return {**fields, "features": {k: v[:, index] for k, v in c.features.items()}}
+
+
+@every_ranker
+def test_logits_are_float32_per_task(name):
+    out = scores(name, batch())
+    assert out.shape == (4, 3, 2)
+    assert out.dtype == np.float32
+    assert np.isfinite(out).all()
+
+
+@every_ranker
+def test_permuting_candidates_permutes_logits(name):
+    index = [2, 0, 1]
+    moved = change(batch(), "candidates", **candidate_fields(batch().candidates, index))
+    np.testing.assert_allclose(scores(name, moved), scores(name, batch())[:, index], rtol=0, atol=2e-6)
+
+
+@every_ranker
+def test_a_candidate_does_not_see_the_others(name):
+    item = batch().candidates.item.copy()
+    item[:, 1] = item[:, 1] % 39 + 1
+    before, after = scores(name, batch()), scores(name, change(batch(), "candidates", item=item))
+    np.testing.assert_array_equal(after[:, [0, 2]], before[:, [0, 2]])
+    assert (np.abs(after[:, 1] - before[:, 1]) > 1e-5).all()
+
+
+@every_ranker
+def test_one_candidate_per_row_scores_the_same(name):
+    one = change(batch(), "candidates", **candidate_fields(batch().candidates, [1]))
+    np.testing.assert_allclose(scores(name, one), scores(name, batch())[:, 1:2], rtol=0, atol=2e-6)
+
+
+@every_ranker
+def test_packed_segments_score_as_separate_rows(name):
+    separate = random_batch(SHAPE, [[4], [0], [3], [3]])
+    packed = pack(separate, Shape(history=10, candidates=3, segments=4))
+    expected = scores(name, separate).reshape(1, 12, 2)
+    np.testing.assert_allclose(scores(name, packed), expected, rtol=0, atol=2e-6)
+
+
+@generative
+def test_packed_segments_have_the_same_loss(name):
+    separate = random_batch(SHAPE, [[4], [0], [3], [3]])
+    packed = pack(separate, Shape(history=10, candidates=3, segments=4))
+    loss = [model(name).loss(b, nnx.Rngs(0)) for b in (separate, packed)]
+    np.testing.assert_allclose(loss[0][0], loss[1][0], rtol=1e-5)
+    assert float(loss[0][1]) == float(loss[1][1]) == 10 + 12
+
+
+@every_ranker
+def test_candidate_labels_do_not_reach_scores(name):
+    flipped = change(batch(), "candidates", labels=1 - batch().candidates.labels)
+    np.testing.assert_array_equal(scores(name, flipped), scores(name, batch()))
+
+
+@generative
+def test_an_event_is_predicted_before_its_own_action(name):
+    labels = batch().history.labels.copy()
+    labels[:, 3] = 1 - labels[:, 3]
+    before, after = event_scores(name, batch()), event_scores(name, change(batch(), "history", labels=labels))
+    np.testing.assert_array_equal(after[:, :4], before[:, :4])
+    changed = np.abs(after - before).max(-1) > 1e-6
+    assert changed[0, 4:].all()  # a full row: every later event saw it
+
+
+@generative
+def test_the_future_does_not_reach_events(name):
+    """Later items, times and candidates leave earlier predictions alone."""
+    h = batch().history
+    item, time = h.item.copy(), h.time.copy()
+    item[:, 6:], time[:, 6:] = item[:, 6:] % 39 + 1, time[:, 6:] + 10_000
+    later = change(change(batch(), "history", item=item, time=time), "candidates", time=batch().candidates.time + 10**6)
+    np.testing.assert_array_equal(event_scores(name, later)[0, :6], event_scores(name, batch())[0, :6])
+
+
+@every_ranker
+def test_padding_content_is_irrelevant(name):
+    clean = batch()
+    h = clean.history
+    pad = h.segment == 0
+    poison = {f: np.where(pad, 10**6, getattr(h, f)) for f in ("item", "time")}
+    labels = np.where(pad[..., None], 255, h.labels)
+    features = {k: np.where(pad.reshape(*pad.shape, *[1] * (v.ndim - 2)), 10**6, v) for k, v in h.features.items()}
+    dirty = change(clean, "history", **poison, labels=labels.astype(np.uint8), features=features)
+    dirty = change(dirty, "candidates", segment=np.where(np.arange(3) < 2, dirty.candidates.segment, 0))
+    dirty = change(dirty, "candidates", item=np.where(np.arange(3) < 2, dirty.candidates.item, 10**6))
+    np.testing.assert_array_equal(scores(name, dirty)[:, :2], scores(name, clean)[:, :2])
+    supervised = change(dirty, "history", supervised=np.ones_like(pad))
+    loss, count = model(name).loss(supervised, nnx.Rngs(0))
+    assert np.isfinite(loss)
+    assert float(count) == (17 if RANKERS[name].rows == "windows" else 0) + 8
+
+
+COMPONENTS = {
+    "history items": lambda b: change(b, "history", item=b.history.item % 39 + 1),
+    "history order": lambda b: change(b, "history", item=b.history.item[:, ::-1].copy()),
+    "history times": lambda b: change(b, "history", time=b.history.time // 50),
+    "request time": lambda b: change(b, "candidates", time=b.candidates.time + 10**5),
+    "actions": lambda b: change(b, "history", labels=1 - b.history.labels),
+    "item features": lambda b: change(b, "candidates", features={k: (v + 1) % 5 for k, v in b.candidates.features.items()}),
+    "context": lambda b: change(b, "context", features={k: v % 3 + 1 for k, v in b.context.features.items()}),
+}
+
+
+@every_ranker
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_every_input_matters(name, component):
+    before, after = scores(name, batch()), scores(name, COMPONENTS[component](batch()))
+    assert np.abs(after - before)[0].max() > 1e-5  # the row with a full history
+
+
+@every_ranker
+@pytest.mark.parametrize("table", ["position", "time"])
+def test_every_bias_table_matters(name, table):
+    state = jax.tree.map(lambda x: x, _jitted(name)[0])
+    flat = [(path, p) for path, p in nnx.to_flat_state(state) if path[-2:] == ("bias", table)]
+    assert len(flat) == 2  # one per block
+    for path, _ in flat:
+        changed = nnx.from_flat_state(
+            [(p, v.replace(v[...] + jnp.linspace(-1, 1, v.size)) if p == path else v) for p, v in nnx.to_flat_state(state)]
+        )
+        assert np.abs(scores(name, batch(), changed) - scores(name, batch())).max() > 1e-5
+
+
+@every_ranker
+def test_dropout_acts_in_training_only(name):
+    ranker = make(name, SHAPE, dropout=0.5)
+    losses = [float(ranker.loss(batch(), nnx.Rngs(seed))[0]) for seed in (0, 0, 1)]
+    assert losses[0] == losses[1] != losses[2]
+    np.testing.assert_array_equal(ranker(batch()), ranker(batch()))
+
+
+@every_ranker
+def test_gradients_reach_every_parameter(name):
+    graph, state = nnx.split(model(name))
+    grads = jax.jit(jax.grad(lambda s: nnx.merge(graph, s).loss(batch(), nnx.Rngs(0))[0]))(state)
+    for path, grad in nnx.to_flat_state(grads):
+        assert np.isfinite(grad[...]).all(), path
+        assert np.abs(grad[...]).max() > 1e-9, path
+
+
+@every_ranker
+def test_bfloat16_keeps_float32_logits(name):
+    wide = make(name, SHAPE, dtype="bfloat16")
+    out = wide(batch())
+    assert out.dtype == jnp.float32
+    np.testing.assert_allclose(out, scores(name, batch()), rtol=0, atol=0.15)
+    assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(nnx.state(wide, nnx.Param)))
+
+
+@every_ranker
+def test_loss_falls_in_twenty_steps(name):
+    shape = Shape(history=6, candidates=3)
+    data = random_batch(shape, [[6], [5], [4], [6]] * 4)
+    learnable = {part: getattr(data, part).item[..., None] % np.array([2, 3]) == 0 for part in ("history", "candidates")}
+    for part, labels in learnable.items():
+        data = change(data, part, labels=labels.astype(np.uint8))
+    graph, state = nnx.split(make(name, shape))
+    optimizer = optax.adam(1e-2)
+
+    @jax.jit
+    def step(state, opt):
+        def mean(s):
+            total, count = nnx.merge(graph, s).loss(data, nnx.Rngs(0))
+            return total / count
+
+        loss, grads = jax.value_and_grad(mean)(state)
+        updates, opt = optimizer.update(grads, opt)
+        return optax.apply_updates(state, updates), opt, loss
+
+    opt, losses = optimizer.init(state), []
+    for _ in range(21):
+        state, opt, loss = step(state, opt)
+        losses.append(float(loss))
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_interleaved_rows_are_windows():
+    assert RANKERS["softmax"].rows == "requests"
+    assert RANKERS["softmax_interleaved"].rows == "windows"
+    assert dataclasses.asdict(RANKERS["softmax"]).keys() >= {"layout", "width", "experts"}

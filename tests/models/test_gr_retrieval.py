@@ -1,0 +1,189 @@
+"""HSTU retrieval: parity with recorded vectors of the public PyTorch code, and the properties of its rows."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from genrec_jax.batch import Batch, Candidates, Context, History, Shape
+from genrec_jax.data.schema import Schema
+from genrec_jax.layouts import next_item
+from genrec_jax.models import registry
+from genrec_jax.models.base import Build
+from genrec_jax.models.hstu_retrieval import RESERVED, HSTURetrievalConfig
+from tests.models.gr_helpers import change, pack, random_batch
+
+GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
+SHAPE = Shape(history=10, candidates=1)
+SCHEMA = Schema(items=30, tasks=("watch",))
+TINY = HSTURetrievalConfig(width=16, heads=2, dropout=0.0, negatives=8)
+
+
+def build(config, schema, shape):
+    return registry.build(config, Build(schema, shape, jnp.dtype("float32")), rngs=nnx.Rngs(0))
+
+
+def reference_batch(record):
+    """The recorded rows: the item at index ``length`` is the target, everything before it the history."""
+    ids, times, lengths = (record[f"in/{k}"].astype(np.int32) for k in ("ids", "timestamps", "lengths"))
+    rows, n = ids.shape
+    segment = (np.arange(n) < lengths[:, None]).astype(np.int32)
+    end = (np.arange(rows), lengths)
+    labels, one = np.zeros((rows, n, 1), np.uint8), np.ones((rows, 1), np.int32)
+    history = History(ids * segment, times * segment, labels, segment, segment > 0, {})
+    candidates = Candidates(ids[end][:, None], times[end][:, None], labels[:, :1], one, {})
+    return Batch(np.arange(rows, dtype=np.int32)[:, None], Context({}), history, candidates)
+
+
+def reference_parameters(record, group, blocks):
+    """The recorded arrays of ``group`` by our parameter paths."""
+    out = {
+        ("items_table", "rows_table"): record[f"{group}/_embedding_module._item_emb.weight"],
+        ("positions",): record[f"{group}/_input_features_preproc._pos_emb.weight"],
+    }
+    for i in range(blocks):
+        theirs, ours = f"{group}/_hstu._attention_layers.{i}", ("stack", "blocks", i)
+        out |= {
+            (*ours, "project", "kernel"): record[f"{theirs}._uvqk"],
+            (*ours, "bias", "time"): record[f"{theirs}._rel_attn_bias._ts_w"],
+            (*ours, "bias", "position"): record[f"{theirs}._rel_attn_bias._pos_w"],
+            (*ours, "out", "kernel"): record[f"{theirs}._o.weight"].T,
+            (*ours, "out", "bias"): record[f"{theirs}._o.bias"],
+        }
+    return out
+
+
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason="recorded vectors are not beside this checkout")
+@pytest.mark.parametrize("file", ["retrieval_hstu_base", "retrieval_hstu_heads"])
+def test_parity_with_the_public_code(file):
+    with np.load(GOLDEN / f"{file}.npz") as archive:
+        record = dict(archive)
+    meta = json.loads(str(record["meta"]))
+    batch = reference_batch(record)
+    assert meta["padded_len"] == meta["max_sequence_len"] + RESERVED
+    config = HSTURetrievalConfig(
+        width=meta["D"], depth=meta["blocks"], heads=meta["heads"], dropout=0.0, qk_width=meta["dqk"], v_width=meta["dv"]
+    )
+    schema = Schema(items=meta["num_items"] + 1, tasks=("watch",))
+    model = build(config, schema, Shape(meta["max_sequence_len"], 1))
+    graph, state = nnx.split(model)
+    given = reference_parameters(record, "param", meta["blocks"])
+    flat = nnx.to_flat_state(state)
+    assert {path for path, _ in flat} == given.keys()
+    state = nnx.from_flat_state([(path, p.replace(jnp.asarray(given[path]))) for path, p in flat])
+
+    rows = next_item(batch)
+    negatives = np.zeros((*batch.history.item.shape, meta["num_negatives"]), np.int32)
+    negatives[batch.history.segment > 0] = record["in/negative_ids"]
+
+    def loss(state):
+        ours = nnx.merge(graph, state)
+        encoded = ours.states(batch, rows, None)
+        total, count = ours.sampled_loss(encoded, rows.target, jnp.asarray(negatives))
+        return total / count, encoded
+
+    (value, encoded), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(state)
+    real = batch.history.segment > 0
+    np.testing.assert_allclose(np.asarray(encoded)[real], record["out/encoder"][real], rtol=0, atol=2e-5)
+    np.testing.assert_allclose(value, record["out/loss"], rtol=1e-5)
+    expected = reference_parameters(record, "grad", meta["blocks"])
+    for path, grad in nnx.to_flat_state(grads):
+        scale = np.abs(expected[path]).max()
+        np.testing.assert_allclose(grad[...], expected[path], rtol=0, atol=1e-4 * scale, err_msg=str(path))
+
+
+def tiny(**changes):
+    return build(dataclasses.replace(TINY, **changes), SCHEMA, SHAPE)
+
+
+def rows_batch(lengths=((10,), (4,), (1,)), shape=SHAPE):
+    return random_batch(shape, [list(r) for r in lengths], schema=SCHEMA)
+
+
+def test_users_are_the_states_after_the_last_event():
+    model, batch = tiny(), rows_batch()
+    states = model.states(batch, next_item(batch), None)
+    users = model.users(batch)
+    assert users.shape == (3, 1, 16)
+    np.testing.assert_array_equal(users[:, 0], states[np.arange(3), [9, 3, 0]])
+    np.testing.assert_allclose(jnp.linalg.norm(users, axis=-1), 1.0, rtol=1e-5)
+    items = model.items()
+    assert items.shape == (30, 16)
+    np.testing.assert_allclose(jnp.linalg.norm(items, axis=-1), [0.0] + [1.0] * 29, rtol=1e-5)
+
+
+def test_a_user_does_not_depend_on_the_target_item_but_on_its_time():
+    model, batch = tiny(), rows_batch()
+    item = change(batch, "candidates", item=batch.candidates.item % 29 + 1)
+    later = change(batch, "candidates", time=batch.candidates.time + 10**6)
+    np.testing.assert_array_equal(model.users(item), model.users(batch))
+    assert np.abs(model.users(later) - model.users(batch)).max() > 1e-7
+
+
+def test_packed_users_equal_separate_ones():
+    model, separate = tiny(), rows_batch(((4,), (1,), (3,)))
+    packed = pack(separate, Shape(10, 1, 3))
+    np.testing.assert_allclose(model.users(packed)[0], model.users(separate)[:, 0], rtol=0, atol=1e-6)
+    totals = [model.loss(b, nnx.Rngs(0)) for b in (separate, packed)]
+    assert float(totals[0][1]) == float(totals[1][1]) == 8
+
+
+def test_later_events_do_not_reach_earlier_states():
+    model, batch = tiny(), rows_batch(((10,),))
+    item, time = batch.history.item.copy(), batch.history.time.copy()
+    item[:, 6:], time[:, 7:] = item[:, 6:] % 29 + 1, time[:, 7:] + 9999
+    later = change(batch, "history", item=item, time=time)
+    states = [model.states(b, next_item(b), None) for b in (batch, later)]
+    np.testing.assert_array_equal(states[0][:, :6], states[1][:, :6])
+    assert np.abs(states[0][:, 6:] - states[1][:, 6:]).max() > 1e-5
+
+
+def test_padding_is_irrelevant_and_dropout_is_not():
+    model, batch = tiny(dropout=0.5), rows_batch()
+    pad = batch.history.segment == 0
+    dirty = change(batch, "history", item=np.where(pad, 10**6, batch.history.item), time=np.where(pad, 5, 1) * batch.history.time)
+    np.testing.assert_array_equal(model.users(dirty), model.users(batch))
+    assert np.isfinite(model.loss(dirty, nnx.Rngs(0))[0])
+    losses = [float(model.loss(batch, nnx.Rngs(dropout=seed, negatives=0))[0]) for seed in (0, 0, 1)]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_negatives_equal_to_the_target_are_left_out():
+    model, batch = tiny(), rows_batch()
+    rows = next_item(batch)
+    states = model.states(batch, rows, None)
+    hits = jnp.broadcast_to(rows.target[..., None], (*rows.target.shape, 3))
+    assert float(model.sampled_loss(states, rows.target, hits)[0]) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_gradients_are_finite_everywhere_and_loss_falls():
+    graph, state = nnx.split(tiny())
+    batch = rows_batch(((10,), (8,), (9,)) * 4)
+    pattern = (np.arange(10)[None] * 3 + np.arange(12)[:, None]) % 29 + 1  # the next item is three further
+    batch = change(batch, "history", item=pattern.astype(np.int32))
+    optimizer = optax.adam(1e-2)
+
+    @jax.jit
+    def step(state, opt):
+        def mean(s):
+            total, count = nnx.merge(graph, s).loss(batch, nnx.Rngs(0))
+            return total / count
+
+        loss, grads = jax.value_and_grad(mean)(state)
+        updates, opt = optimizer.update(grads, opt)
+        return optax.apply_updates(state, updates), opt, loss, grads
+
+    opt, losses = optimizer.init(state), []
+    for _ in range(21):
+        state, opt, loss, grads = step(state, opt)
+        losses.append(float(loss))
+        for path, grad in nnx.to_flat_state(grads):
+            assert np.isfinite(grad[...]).all(), path
+            assert np.abs(grad[...]).max() > 0, path
+    assert losses[-1] < 0.5 * losses[0]

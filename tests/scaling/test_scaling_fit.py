@@ -1,0 +1,200 @@
+"""Fits: exact recovery, the global optimum against brute force, form choice, warnings, L(N, D)."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.optimize import approx_fprime, nnls
+
+from scaling import laws, nd
+from scaling.fit import Points, choose, condition_number, fit_form, fit_forms, fit_warnings, leverage
+from scaling.table import FloatArray, TableError
+
+COMPUTE = np.geomspace(1e15, 1e19, 12)
+CHINCHILLA = Path(__file__).parents[3] / "shared" / "data" / "chinchilla" / "svg_extracted_data.csv"
+
+
+def points(x: FloatArray, y: FloatArray) -> Points:
+    return Points(x, tuple(np.array([value]) for value in y))
+
+
+@pytest.mark.parametrize(("a", "b"), [(1.2, -0.0113), (0.15, 0.0195)])
+def test_loglin_is_recovered_exactly(a: float, b: float) -> None:
+    fit = fit_form(points(COMPUTE, a + b * np.log(COMPUTE)), "loglin", loss=False)
+    assert fit.params == pytest.approx({"a": a, "b": b}, rel=1e-10)
+
+
+@pytest.mark.parametrize("b", [0.05, 0.4, -0.02])
+def test_power_law_is_recovered_exactly(b: float) -> None:
+    fit = fit_form(points(COMPUTE, 3.0 * COMPUTE**-b), "power", loss=b > 0)
+    assert fit.params == pytest.approx({"a": 3.0, "b": b}, rel=1e-9)
+
+
+@pytest.mark.parametrize("b", [0.003, 0.02, 0.15, 0.5, 1.3])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_power_with_constant_is_recovered_exactly(b: float, sign: float) -> None:
+    """Exponents from nearly log-linear to steep; a falling loss and a rising hit rate."""
+    scale = 0.3 * 1e15**b
+    y = 0.6 + sign * scale * COMPUTE**-b
+    fit = fit_form(points(COMPUTE, y), "power_const", loss=sign > 0)
+    assert fit.params == pytest.approx({"c": 0.6, "a": sign * scale, "b": b}, rel=1e-6 if b > 0.01 else 1e-4)
+    np.testing.assert_allclose(fit.at(COMPUTE), y, rtol=1e-11)
+
+
+def test_a_log_linear_metric_degenerates_and_is_flagged_not_chosen() -> None:
+    """The trap of a meaningless asymptote: HR@K = 0.15 + 0.0195 ln C under "power + constant"."""
+    y = 0.15 + 0.0195 * np.log(COMPUTE / 1e14) + np.random.default_rng(0).normal(0, 1e-4, 12)
+    y[-3:] += 4e-4  # convex: the best exponent is below zero, so the search must end at its bound
+    fits = fit_forms(points(COMPUTE, y), loss=False)
+    assert fits["power_const"].degenerate
+    assert choose(fits) != "power_const"
+    assert "at_bound" in {w.code for w in fit_warnings(points(COMPUTE, y), fits["power_const"])}
+    np.testing.assert_allclose(fits["power_const"].at(COMPUTE), fits["loglin"].at(COMPUTE), rtol=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_variable_projection_beats_a_brute_force_grid(seed: int) -> None:
+    """A dense oracle (3000 exponents, an independent NNLS for c and a) never finds a smaller residual."""
+    rng = np.random.default_rng(seed)
+    x = np.sort(10 ** rng.uniform(14, 18, 9))
+    y = 0.5 + 0.4 * (x / 1e14) ** -rng.uniform(0.02, 1.0) + rng.normal(0, 0.01, 9)
+    fit = fit_form(points(x, y), "power_const", loss=True)
+    best = np.inf
+    for b in np.geomspace(*laws.exponent_bounds(x), 3000):
+        design = np.stack([np.ones_like(x), (x / x[0]) ** -b], axis=1)
+        best = min(best, nnls(design, y)[1] ** 2)
+    assert fit.rss <= best * (1 + 1e-9)
+    assert fit.rss == pytest.approx(best, rel=1e-3)
+    assert fit.params["c"] >= 0
+    assert fit.params["a"] >= 0
+
+
+def test_a_batch_of_curves_equals_its_members() -> None:
+    rng = np.random.default_rng(1)
+    y = 0.5 + 0.3 * (COMPUTE / 1e15) ** -0.3 + rng.normal(0, 0.01, (5, 12))
+    w = rng.integers(1, 4, (5, 12)).astype(float)
+    batch = laws.solve("power_const", COMPUTE, y, w, loss=True)
+    for i in range(5):
+        # Integer weights are repeated points: the same problem, stated twice.
+        repeated = laws.solve("power_const", COMPUTE, y[i], w[i], loss=True)
+        np.testing.assert_allclose(batch.at(COMPUTE)[i], repeated.at(COMPUTE)[0], rtol=1e-12)
+
+
+@pytest.mark.parametrize("form", laws.FORMS)
+def test_inverse_undoes_the_curve_and_is_infinite_beyond_the_asymptote(form: str) -> None:
+    curve = laws.solve(form, COMPUTE, 0.5 + 0.3 * (COMPUTE / 1e15) ** -0.3, loss=True)
+    np.testing.assert_allclose(curve.inverse(curve.at(COMPUTE)[0])[0], np.log(COMPUTE), rtol=1e-9)
+    beyond = curve.inverse(np.array([0.4]))[0, 0]
+    assert np.isinf(beyond) if form == "power_const" else np.isfinite(beyond)
+
+
+def test_aicc_picks_the_true_form() -> None:
+    rng = np.random.default_rng(7)
+    x = np.geomspace(1e14, 1e19, 20)
+    u = np.log(x / 1e14)
+    truths = {"loglin": 0.9 - 0.012 * u, "power": 0.9 * np.exp(-0.06 * u), "power_const": 0.6 + 0.3 * np.exp(-0.4 * u)}
+    for form, y in truths.items():
+        fits = fit_forms(points(x, y + rng.normal(0, 5e-4, 20)), loss=True)
+        assert min(fits, key=lambda name: fits[name].aicc) == form
+        assert choose(fits) == form
+
+
+def test_held_out_errors_by_hand() -> None:
+    """y = ln x below the cut, one point off the line above it: error, bias and factor are known."""
+    x = np.array([1.0, 10.0, 100.0, 1e3])
+    y = 1 + np.log(x)
+    y[-1] *= 0.5
+    fit = fit_form(points(x, y), "loglin", loss=False)
+    (cut,) = fit.held_out
+    assert (cut.cut, cut.n_train, cut.n_test) == (1e3, 3, 1)
+    assert cut.extrapolation == pytest.approx(10)
+    assert (cut.mape, cut.bias, cut.max_error) == pytest.approx((100, 100, 100))
+
+
+def test_leverages_sum_to_the_parameter_count() -> None:
+    y = 0.5 + 0.3 * (COMPUTE / 1e15) ** -0.3
+    for form, k in laws.N_PARAMS.items():
+        curves = laws.solve(form, COMPUTE, y, loss=True)
+        assert leverage(curves, COMPUTE).sum() == pytest.approx(k)
+        assert condition_number(curves, COMPUTE) < 1e4
+
+
+def test_warning_codes() -> None:
+    few = points(np.array([1.0, 2.0, 4.0]), np.array([0.9, 0.8, 0.75]))
+    codes = {w.code for w in fit_warnings(few, fit_form(few, "loglin", loss=True))}
+    assert codes == {"few_configurations", "short_range", "one_seed"}
+    flat = points(COMPUTE, 0.7 - 1e-5 * np.arange(12) ** 2)
+    fit = fit_form(flat, "power_const", loss=True)
+    assert "ill_conditioned" in {w.code for w in fit_warnings(flat, fit)} or fit.at_bound
+
+
+def test_too_few_points_and_bad_values_are_refused() -> None:
+    with pytest.raises(ValueError, match="two distinct"):
+        laws.solve("loglin", np.ones(3), np.ones(3), loss=True)
+    with pytest.raises(ValueError, match="unknown form"):
+        laws.solve("cubic", COMPUTE, COMPUTE, loss=True)
+    with pytest.raises(ValueError, match="positive metric"):
+        fit_form(points(COMPUTE, -COMPUTE), "power", loss=False)
+
+
+def grid_nd() -> tuple[FloatArray, FloatArray]:
+    n, d = np.meshgrid(np.geomspace(1e6, 1e9, 6), np.geomspace(1e8, 1e11, 5))
+    return n.ravel(), d.ravel()
+
+
+@pytest.mark.parametrize("truth", [(406.4, 410.7, 1.69, 0.34, 0.28), (20.0, 3000.0, 0.6, 0.2, 0.45)])
+def test_two_variable_law_is_recovered_without_noise(truth: tuple[float, ...]) -> None:
+    n, d = grid_nd()
+    a, b, e, alpha, beta = truth
+    fit = nd.fit_nd(n, d, e + a * n**-alpha + b * d**-beta)
+    assert (fit.A, fit.B, fit.E, fit.alpha, fit.beta) == pytest.approx(truth, rel=2e-4)
+    best_n, best_d = fit.optimal(1e20)
+    assert 6 * best_n * best_d == pytest.approx(1e20)
+    nearby = best_n * np.array([0.9, 1.0, 1.1])
+    assert np.argmin(fit.at(nearby, 1e20 / 6 / nearby)) == 1
+
+
+def test_gradient_of_the_two_variable_objective() -> None:
+    n, d = grid_nd()
+    loss = (1.7 + 400 * n**-0.34 + 400 * d**-0.28) * np.exp(np.random.default_rng(0).normal(0, 0.02, len(n)))
+    problem = nd._Problem(n, d, loss)
+    theta = np.array([-0.5, -0.7, 0.5, 0.3, 0.3])
+    for delta in (1e-3, 0.3):
+        _, gradient = problem.objective(theta, delta)
+        numeric = approx_fprime(theta, lambda t, delta=delta: problem.objective(t, delta)[0], 1e-7)
+        np.testing.assert_allclose(gradient, numeric, rtol=1e-3)
+
+
+def test_two_variable_law_refuses_what_it_cannot_fit() -> None:
+    n, d = grid_nd()
+    with pytest.raises(TableError, match="six runs"):
+        nd.fit_nd(n[:5], d[:5], n[:5])
+    with pytest.raises(TableError, match="distinct values of N"):
+        nd.fit_nd(np.ones_like(n), d, d)
+    with pytest.raises(TableError, match="positive"):
+        nd.fit_nd(n, d, -d)
+
+
+@pytest.mark.skipif(not CHINCHILLA.is_file(), reason="the digitised Chinchilla points are not part of the project")
+def test_chinchilla_points_give_the_known_optimum() -> None:
+    """240 runs (the five worst losses dropped): the Huber optimum and, roughly, Epoch's bootstrap errors."""
+    with CHINCHILLA.open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    n, flop, loss = (np.array([float(r[c]) for r in rows]) for c in ("Model Size", "Training FLOP", "loss"))
+    keep = loss < np.sort(loss)[-5]
+    n, d, loss = n[keep], (flop / 6 / n)[keep], loss[keep]
+    fit = nd.fit_nd(n, d, loss)
+    assert len(n) == 240
+    assert fit.objective == pytest.approx(0.0010182740178, rel=1e-8)
+    known = (477.8259, 2143.4174, 1.817218, 0.347310, 0.367172)
+    assert (fit.A, fit.B, fit.E, fit.alpha, fit.beta) == pytest.approx(known, rel=1e-5)
+    assert fit.share == 1.0
+    assert fit.a == pytest.approx(0.513900, abs=1e-5)
+    draws = nd.bootstrap_nd(n, d, loss, fit, n_boot=120, seed=42)
+    assert np.std(draws["alpha"]) == pytest.approx(0.0154, rel=0.25)
+    low, high = nd.intervals_nd(draws)["E"]
+    assert low == pytest.approx(1.769, abs=0.015)
+    assert high == pytest.approx(1.871, abs=0.015)

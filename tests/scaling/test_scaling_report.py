@@ -1,0 +1,281 @@
+"""Analysis, commands, figures and the report page, on a small made-up study."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from scaling import Reference, Table, TableError, analyse, fit_command, read_table, report_command, write_report
+from scaling.plots import law_figure
+from scaling.study import default_metric, higher_is_better
+from scaling.style import equation, family_styles, number, tick
+
+HOSTILE = "<script>alert(1)</script>"
+BAYES = Reference("Bayes NE", 0.60, 0.59, 0.61)
+LAWS = {"hstu": (0.60, 0.30, 0.20, 1e12, 1e16), "dlrm": (0.75, 0.12, 0.25, 1e11, 1e15)}
+
+
+def trial_rows() -> list[dict[str, object]]:
+    rng = np.random.default_rng(5)
+    rows: list[dict[str, object]] = []
+
+    def add(family: str, label: str, seed: int, axis: str, value: float, flops: float, ne: float) -> None:
+        row = {"trial": f"t{len(rows)}", "study": "gr", "dataset": "world", "family": family, "label": label}
+        row |= {"seed": seed, "status": "done", "axis": axis, "axis_value": value, "train_flops": flops}
+        row |= {"epochs": 1, "flops_formula": "v1", "eval_set": "abc", "ne": ne, "ne/click": ne + 0.01}
+        rows.append({**row, "auc": 1.2 - ne, "base_rate/click": 0.1, "learning_rate": 3e-4})
+
+    for family, (c, a, b, low, high) in LAWS.items():
+        for i, flops in enumerate(np.geomspace(low, high, 6)):
+            for seed in range(2):
+                ne = c + a * (flops / 1e12) ** -b + rng.normal(0, 5e-4)
+                add(family, f"s{i}", seed, "compute", flops, flops, ne)
+    for depth in (1, 2, 4, 8):
+        add("hstu", f"d{depth}", 0, "depth", depth, 1e13 * depth, 0.80 - 0.01 * np.log(depth))
+    bad = {**rows[0], "trial": "bad", "label": HOSTILE, "status": "diverged", "ne": "", "auc": "", "ne/click": "nan"}
+    return [*rows, bad]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs") / "results.csv"
+    rows = trial_rows()
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+@pytest.fixture(scope="module")
+def page(results: Path) -> str:
+    out = results.parent / "out" / "report.html"
+    report_command(
+        results.parent,
+        out,
+        title="A & B",
+        summary="First.\n\nSecond <b>.",
+        references=[BAYES],
+        n_boot=100,
+        assets_dir=out.parent / "assets",
+    )
+    return out.read_text(encoding="utf-8")
+
+
+class Balance(HTMLParser):
+    """Checks that every element closes in order and collects ids, rows and network addresses."""
+
+    VOID = frozenset({"meta", "link", "br", "img", "hr", "input"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack: list[str] = []
+        self.ids: list[str] = []
+        self.count: dict[str, int] = {}
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_startendtag(tag, attrs)
+        if tag not in self.VOID:
+            self.stack.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.count[tag] = self.count.get(tag, 0) + 1
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value or "")
+            if name in {"href", "src", "xlink:href"}:
+                self.links.append(value or "")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.stack.pop() == tag
+
+
+def test_page_is_well_formed_and_needs_no_network(page: str) -> None:
+    parser = Balance()
+    parser.feed(page)
+    assert parser.stack == []
+    assert len(parser.ids) == len(set(parser.ids))
+    assert all(link.startswith(("#", "data:")) for link in parser.links)
+    assert parser.count["svg"] >= 6
+    assert 'name="viewport"' in page
+    for link in parser.links:
+        assert not link.startswith("#") or link[1:] in parser.ids
+
+
+def test_page_shows_every_trial_and_escapes_what_it_shows(page: str) -> None:
+    trials = page[page.index('id="trials"') :]
+    shown = re.findall(r"<td>(t\d+|bad)</td>", trials)
+    assert sorted(shown) == sorted(str(row["trial"]) for row in trial_rows())
+    assert HOSTILE not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "Second &lt;b&gt;." in page
+    assert "<title>A &amp; B</title>" in page
+    assert '<tr class="bad">' in trials
+
+
+def test_page_says_what_a_reader_needs(page: str) -> None:
+    assert len(re.findall(r"<dt>\d+\. ", page)) == 12
+    assert "not recorded" in page
+    assert "excluded_trials" in page
+    assert "1 diverged" in page
+    assert "consistent: the intervals overlap" in page  # hstu's constant against the Bayes NE
+    assert "above the known value" in page  # dlrm's plateau
+    assert "hstu against dlrm" in page
+    assert "aria-sort" in page
+
+
+def test_assets_hold_the_same_figures(page: str, results: Path) -> None:
+    assets = results.parent / "out" / "assets"
+    names = sorted(path.name for path in assets.iterdir())
+    assert "gr-world-ne-train-flops-law.svg" in names
+    assert "gr-world-ne-depth-law.csv" in names
+    assert "trials.csv" in names
+    svg = (assets / "gr-world-ne-train-flops-law.svg").read_text(encoding="utf-8")
+    assert "training compute C (FLOPs)" in svg  # text stays text
+    with (assets / "gr-world-ne-train-flops-law.csv").open(encoding="utf-8") as file:
+        kinds = {row["kind"] for row in csv.DictReader(file)}
+    assert kinds == {"run", "mean", "curve", "extrapolation", "reference"}
+
+
+def test_same_table_same_bytes(results: Path, tmp_path: Path) -> None:
+    table = read_table(results)
+    for name in ("a", "b"):
+        write_report(table, tmp_path / name, title="t", n_boot=50, references=[BAYES])
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert b"<dc:date>" not in (tmp_path / "a").read_bytes()
+
+
+def test_fit_command_recovers_the_laws_and_writes_strict_json(results: Path, tmp_path: Path) -> None:
+    out = tmp_path / "fit.json"
+    returned = fit_command([results], "ne", "train_flops", "family", out, form="power_const", n_boot=200)
+    assert json.loads(out.read_text(encoding="utf-8")) == json.loads(json.dumps(returned, allow_nan=False))
+    compute, depth = json.loads(out.read_text(encoding="utf-8"))["panels"]
+    assert (compute["axis"], depth["axis"]) == (None, "depth")
+    dlrm = next(f for f in compute["families"] if f["name"] == "dlrm")
+    assert dlrm["fits"]["power_const"]["params"]["c"] == pytest.approx(0.75, abs=0.01)
+    low, high = dlrm["fits"]["power_const"]["intervals"]["c"]
+    assert low < 0.75 < high
+    assert dlrm["configurations"] == 6
+    assert dlrm["runs"] == 12
+    assert dlrm["bootstrap"].startswith("wild")
+    assert set(dlrm["fits"]) == {"loglin", "power", "power_const"}
+    assert compute["comparisons"][0]["base"] == "dlrm"
+    hstu = next(f for f in compute["families"] if f["name"] == "hstu")
+    assert "excluded_trials" in {w["code"] for w in hstu["warnings"]}
+
+
+def test_predictions_carry_both_intervals_and_warn_when_far(results: Path) -> None:
+    analysis = analyse(read_table(results), "ne", predict_at=[1e18], n_boot=100, axes=False)
+    family = next(f for f in analysis.panels[0].families if f.name == "hstu")
+    (prediction,) = family.predictions
+    assert prediction.extrapolation == pytest.approx(100)
+    assert prediction.curve is not None
+    assert prediction.one_run is not None
+    assert prediction.one_run[0] < prediction.curve[0] < prediction.curve[1] < prediction.one_run[1]
+    assert "far_extrapolation" in {w.code for w in family.warnings}
+
+
+def test_mixed_records_are_warned_about(results: Path) -> None:
+    table = read_table(results)
+    table.rows[0] = {**table.rows[0], "flops_formula": "v2", "eval_set": "xyz", "epochs": "3"}
+    analysis = analyse(table, "ne", n_boot=50, axes=False)
+    codes = {w.code for w in analysis.panels[0].families[0].warnings}
+    assert {"mixed_flops_formula", "mixed_eval_set", "repeated_data"} <= codes
+
+
+def test_seeds_of_one_configuration_are_one_point_and_designs_are_not_mixed(results: Path) -> None:
+    table = read_table(results)
+    analysis = analyse(table, "ne", n_boot=50, axes=False)
+    dlrm = next(f for f in analysis.panels[0].families if f.name == "dlrm")
+    assert [len(run) for run in dlrm.points.runs] == [2] * 6
+    other = next(i for i, row in enumerate(table.rows) if row["family"] == "dlrm")
+    table.rows[other] = {**table.rows[other], "learning_rate": "1e-2"}
+    again = analyse(table, "ne", n_boot=50, axes=False)
+    assert len(next(f for f in again.panels[0].families if f.name == "dlrm").points) == 7
+
+
+def test_frontier_fits_only_the_envelope(results: Path) -> None:
+    full = analyse(read_table(results), "ne", n_boot=50, axes=False).panels[0].families[0]
+    front = analyse(read_table(results), "ne", n_boot=50, axes=False, frontier=True).panels[0].families[0]
+    assert len(front.points) < len(full.points)
+    assert np.all(np.diff(front.points.mean) < 0)
+
+
+def test_refusals_are_one_sentence(results: Path, tmp_path: Path) -> None:
+    table = read_table(results)
+    with pytest.raises(TableError, match="'gauc' is missing"):
+        analyse(table, "gauc")
+    with pytest.raises(TableError, match="family = 'bert3'"):
+        analyse(table, "ne", base="bert3")
+    with pytest.raises(ValueError, match="unknown form"):
+        analyse(table, "ne", form="cubic")
+    nothing = table.where(np.array([status == "diverged" for status in table.text("status")]))
+    with pytest.raises(TableError, match=r"results\.csv: no finished trial has both 'train_flops' and 'ne'"):
+        analyse(nothing, "ne")
+    with pytest.raises(TableError):
+        write_report(nothing, tmp_path / "never.html", title="t", metric="ne")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_points_draw_without_a_law(results: Path, tmp_path: Path) -> None:
+    """A table too small for any law still gets its page, and says why there is no curve."""
+    table = read_table(results)
+    few = table.where(np.arange(len(table)) == 0)
+    analysis = write_report(few, tmp_path / "small.html", title="small", n_boot=50)
+    assert analysis.panels[0].families[0].chosen is None
+    assert "no_fit" in (tmp_path / "small.html").read_text(encoding="utf-8")
+
+
+def test_metric_direction_and_default() -> None:
+    assert [higher_is_better(m) for m in ("ne", "ne/click", "logloss", "auc", "gauc/one", "hr@10", "ndcg@10")] == [
+        False,
+        False,
+        False,
+        True,
+        True,
+        True,
+        True,
+    ]
+    table = analyse_table("hr@10")
+    assert default_metric(table) == "hr@10"
+    assert analyse(table, n_boot=50).rising
+
+
+def analyse_table(metric: str) -> Table:
+    x = np.geomspace(1e12, 1e15, 5)
+    rows = [{"family": "a", "train_flops": repr(float(v)), metric: repr(float(0.1 + 0.02 * np.log(v)))} for v in x]
+    return Table(["family", "train_flops", metric], rows, [f"m.csv, line {i}" for i in range(5)])
+
+
+def test_a_missing_study_and_seed_column_still_fits() -> None:
+    analysis = analyse(analyse_table("hr@10"), n_boot=50)
+    fit = analysis.panels[0].families[0].fit
+    assert fit is not None
+    assert fit.form == "loglin"
+    assert fit.params["b"] == pytest.approx(0.02)
+    plot = law_figure(analysis.panels[0])
+    assert "HR@10 = 0.10000 + 0.020000·ln C" in plot.alt
+
+
+def test_reading_numbers() -> None:
+    assert number(477.8259) == "477.83"
+    assert number(0.5) == "0.50000"
+    assert number(-2143417.4) == "−2.1434×10⁶"
+    assert number(float("inf")) == "∞"
+    assert (tick(1e18), tick(2e-7), tick(64)) == ("10¹⁸", "2×10⁻⁷", "64")
+    assert equation("power_const", {"c": 0.6, "a": -3.0, "b": 0.2}, "AUC", "C") == "AUC = 0.60000 − 3.0000·C^−0.20000"
+
+
+def test_the_base_is_vermillion_and_every_family_has_a_second_cue() -> None:
+    styles = family_styles(["hstu", "dirl", "dlrm"], "dlrm")
+    assert styles["dlrm"].colour == "#D55E00"
+    assert styles["hstu"].colour == "#0072B2"
+    assert len({style.marker for style in styles.values()}) == 3
+    assert len({str(style.line) for style in styles.values()}) == 3
