@@ -81,8 +81,8 @@ def param(key: str, values: Sequence[Any], *, axis: bool = False) -> Sweep:
     )
 
 
-def model(name: str, *, family: str | None = None, **values: Any) -> Sweep:
-    """One architecture with keys it always has; ``family`` names its curve."""
+def model(name: str, *, family: Any = None, **values: Any) -> Sweep:
+    """One architecture with dotted keys it always has, ``**{"model.width": 64}``; ``family`` (text) names its curve."""
     return Sweep((Point(model=name, values=values, family=family or name),))
 
 

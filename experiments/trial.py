@@ -1,5 +1,6 @@
 """``genrec train``: one trial in one folder, with a progress bar."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,13 +38,18 @@ def train_command(data: Path, model: str, settings: Sequence[str], out: Path, *,
     if quiet:
         result = train(trial, out, on_progress=lambda record: print(_line(record), flush=True))
     else:
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=console) as progress:
             bar = progress.add_task(model, total=None, rate="compiling")
 
             def show(record: dict[str, Any]) -> None:
-                rate = f"loss {record['loss']:.4f}  {record['examples_per_second']:.0f} targets/s"
-                progress.update(bar, completed=record["step"], total=record["steps"], rate=rate)
+                told = f"loss {record['loss']:.4f}  {record['examples_per_second']:.0f} targets/s"
+                progress.update(bar, completed=record["step"], total=record["steps"], rate=told)
 
             result = train(trial, out, on_progress=show)
     for key in ("status", "train_flops", "train_seconds", "ne", "auc", "gauc", "hr@10", "ndcg@10", "mrr"):
@@ -53,13 +59,12 @@ def train_command(data: Path, model: str, settings: Sequence[str], out: Path, *,
 
 
 def _line(record: dict[str, Any]) -> str:
-    return f"step {record['step']}/{record['steps']} loss {record['loss']:.4f} {record['examples_per_second']:.0f} targets/s"
+    rate = f"{record['examples_per_second']:.0f} targets/s"
+    return f"step {record['step']}/{record['steps']} loss {record['loss']:.4f} {rate}"
 
 
 def _refuse_other_trial(trial: Trial, out: Path) -> None:
     """A folder belongs to one trial for good: mixing two would corrupt its record."""
-    import json
-
     config = out / "config.json"
     if config.exists() and json.loads(config.read_text(encoding="utf-8")) != json.loads(json.dumps(trial.to_json())):
         raise UserError(f"{config} belongs to a trial with another configuration; choose another --out")

@@ -1,10 +1,12 @@
 """Bootstrap intervals of one-variable laws: pairs over configurations, or wild where configurations are few.
 
-*pairs* resamples configurations with replacement and, inside each, its seeds; with few configurations
-such resamples lose whole sizes, so below `PAIRS_FROM` configurations the *wild* bootstrap keeps every x
-and multiplies each configuration's leverage-corrected residual by one of Webb's six weights. The method
-used is always named. Joint draws are kept, because the parameters of a law are so correlated that
-separate standard errors mislead.
+*pairs* resamples whole configurations, each with all its seeds: the scatter of configuration means around
+the law already contains the seeds' noise, and resampling the seeds as well would count it twice (Davison
+and Hinkley 1997, section 3.8; in simulation such 95 % intervals covered 100 %). With few configurations
+pairs lose whole sizes, so below `PAIRS_FROM` configurations the *wild* bootstrap keeps every x and
+multiplies each configuration's leverage-corrected residual by one of Webb's six weights. The method used
+is always named. Joint draws are kept, because the parameters of a law are so correlated that separate
+standard errors mislead.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ class Bootstrap:
     def description(self) -> str:
         """One phrase for reports: what was resampled and how often."""
         if self.method == "pairs":
-            return f"pairs bootstrap over configurations and their seeds, {len(self.draws)} draws"
+            return f"pairs bootstrap over configurations (seeds kept together), {len(self.draws)} draws"
         return f"wild bootstrap of configuration residuals (Webb weights, HC3), {len(self.draws)} draws"
 
     def params(self) -> dict[str, tuple[float, float]]:
@@ -121,7 +123,7 @@ def _wild(points: Points, fit: CurveFit, loss: bool, n_boot: int, rng: np.random
 
 
 def _pairs(points: Points, fit: CurveFit, loss: bool, n_boot: int, rng: np.random.Generator) -> Curves:
-    """Weights count how often a configuration was drawn; its value is the mean of that many resampled seed means."""
+    """Weights count how often a configuration was drawn; its value stays the mean of its own seeds."""
     n, needed = len(points), laws.N_PARAMS[fit.form] + 1
     _, place = np.unique(points.x, return_inverse=True)
     picks = rng.integers(n, size=(n_boot, n))
@@ -130,15 +132,7 @@ def _pairs(points: Points, fit: CurveFit, loss: bool, n_boot: int, rng: np.rando
             picks[row] = rng.integers(n, size=n)
     weights = np.zeros((n_boot, n))
     np.add.at(weights, (np.arange(n_boot)[:, None], picks), 1.0)
-    # The mean of `count` resamples of m seeds is the mean of count*m single picks, drawn here for all draws at once.
-    y = np.empty((n_boot, n))
-    for j, run in enumerate(points.runs):
-        y[:, j] = run.mean()
-        if len(run) > 1:
-            picked = weights[:, j].astype(np.int64) * len(run)
-            counts = rng.multinomial(picked, np.full(len(run), 1 / len(run)))
-            # A configuration that was not drawn has weight zero: its value is never looked at.
-            y[:, j] = np.where(picked > 0, counts @ run / np.maximum(picked, 1), y[:, j])
+    y = np.broadcast_to(points.mean, (n_boot, n))
     return laws.solve(fit.form, points.x, y, weights, loss=loss)
 
 

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 import numpy as np
 
 from scaling.laws import EQUATIONS, ESTIMATORS
-from scaling.study import Analysis, FamilyResult, done
+from scaling.study import Analysis, FamilyResult, Panel, done
 from scaling.style import number
 from scaling.table import Table
 
@@ -21,9 +21,10 @@ NOT_RECORDED = "not recorded"
 
 def checklist(analysis: Analysis, table: Table) -> list[tuple[str, str]]:
     """Twelve (question, what the records say) pairs for one analysis and the table it came from."""
-    families = [f for panel in analysis.panels for f in panel.families]
+    named = [(_where(p, f, len(analysis.panels) > 1), f) for p in analysis.panels for f in p.families]
+    families = [family for _, family in named]
     return [
-        ("Form, and the alternatives tried", _forms(analysis)),
+        ("Form, and the alternatives tried", _forms(named)),
         ("Runs, sizes, seeds, range; what was left out", _runs(analysis, table)),
         ("Final or intermediate checkpoints", _checkpoints(table)),
         ("Parameter counts and FLOP formula", _counting(table)),
@@ -33,16 +34,26 @@ def checklist(analysis: Analysis, table: Table) -> list[tuple[str, str]]:
         ),
         ("Loss space, weights, optimiser", _estimation(families)),
         ("Parameters with intervals; conditioning", _conditioning(families)),
-        ("Residuals", _residuals(families)),
-        ("Error at held-out scale", _held_out(families)),
+        ("Residuals", _residuals(named)),
+        ("Error at held-out scale", _held_out(named)),
         ("Data, split, metric, candidates, base rate", _data(analysis, table)),
         ("Seeds and evaluation noise", _noise(families, table)),
         ("Code, raw points, versions", _versions(table)),
     ]
 
 
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _where(panel: Panel, family: FamilyResult, several: bool) -> str:
+    """A family's name, with its study, dataset and x where the page holds more than one panel."""
+    words = ", ".join(word for word in (panel.study, panel.dataset, panel.axis or panel.x) if word)
+    return f"{family.name} ({words})" if several else family.name
+
+
 def _columns(table: Table, *names: str) -> str:
-    return "; ".join(f"{name.replace('_', ' ')}: {_values(table, name)}" for name in names)
+    return _sentence("; ".join(f"{name.replace('_', ' ')}: {_values(table, name)}" for name in names))
 
 
 def _values(table: Table, name: str) -> str:
@@ -70,9 +81,9 @@ def _range(table: Table, name: str, label: str) -> str:
     return f"{label}: {values.min():.3g} to {values.max():.3g} ({decades:.1f} decades)"
 
 
-def _forms(analysis: Analysis) -> str:
+def _forms(named: Sequence[tuple[str, FamilyResult]]) -> str:
     tried = ", ".join(EQUATIONS.values())
-    chosen = sorted({f"{f.name}: {f.chosen or 'none'}" for p in analysis.panels if p.axis is None for f in p.families})
+    chosen = [f"{name}: {family.chosen or 'none'}" for name, family in named]
     rule = "lowest AICc; within 2 of it the lowest held-out error; then fewer parameters"
     return f"Tried {tried}. Rule: {rule}. Chosen: {'; '.join(chosen)}. Errors of each are in the table of fits."
 
@@ -114,25 +125,24 @@ def _conditioning(families: Sequence[FamilyResult]) -> str:
     worst = max((f.fit.condition for f in families if f.fit), default=None)
     how = dict.fromkeys(f.boot.description for f in families if f.boot)
     text = "; ".join(how) or "no intervals: too few configurations"
-    return (
-        f"{text}; 95 % percentile intervals. Largest condition number: {number(worst, 3) if worst else NOT_RECORDED}."
-    )
+    largest = number(worst, 3) if worst else NOT_RECORDED
+    return f"{_sentence(text)}; 95 % percentile intervals. Largest condition number: {largest}."
 
 
-def _residuals(families: Sequence[FamilyResult]) -> str:
-    parts = dict.fromkeys(f"{f.name} {f.fit.mape:.2g} %" for f in families if f.fit)
+def _residuals(named: Sequence[tuple[str, FamilyResult]]) -> str:
+    parts = [f"{name} {f.fit.mape:.2g} %" for name, f in named if f.fit]
     return f"Plotted against x. Mean absolute relative error: {', '.join(parts) or NOT_RECORDED}."
 
 
-def _held_out(families: Sequence[FamilyResult]) -> str:
+def _held_out(named: Sequence[tuple[str, FamilyResult]]) -> str:
     parts = []
-    for family in families:
+    for name, family in named:
         if family.fit and family.fit.held_out:
             cuts = family.fit.held_out
             factor = max(cut.extrapolation for cut in cuts)
             bias = float(np.mean([cut.bias for cut in cuts]))
             parts.append(
-                f"{family.name}: {family.fit.held_out_mape:.2g} % (bias {bias:+.2g} %, worst "
+                f"{name}: {family.fit.held_out_mape:.2g} % (bias {bias:+.2g} %, worst "
                 f"{max(cut.max_error for cut in cuts):.2g} %, {len(cuts)} cuts, up to {factor:.0f}x)"
             )
     return "; ".join(parts) + "." if parts else "Not available: too few distinct x to fit below a cut."
@@ -151,7 +161,7 @@ def _noise(families: Sequence[FamilyResult], table: Table) -> str:
     spread = np.concatenate([f.points.spread for f in families])
     known = spread[np.isfinite(spread)]
     seeds = f"median seed standard deviation {np.median(known):.2g}" if len(known) else "one seed: not measured"
-    return f"{seeds} over {len(known)} configurations; evaluation noise (resampled users): {NOT_RECORDED}."
+    return f"{_sentence(seeds)} over {len(known)} configurations; evaluation noise (resampled users): {NOT_RECORDED}."
 
 
 def _versions(table: Table) -> str:

@@ -241,7 +241,7 @@ def _aicc(form: str, y: FloatArray, predicted: FloatArray) -> float:
         return math.inf
     log = form == "power"
     residual = np.log(y) - np.log(predicted) if log else y - predicted
-    scale = 1.0 if log else float(np.max(np.abs(y)))
+    scale = 1.0 if log else float(np.max(np.abs(y))) or 1.0
     # Noise-free data would give ln 0; a floor at rounding error lets the parameter count decide instead.
     rss = max(float(np.sum(residual**2)), n * (1e-10 * scale) ** 2)
     minus_two_log_likelihood = n * (math.log(2 * math.pi * rss / n) + 1)

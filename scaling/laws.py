@@ -81,7 +81,9 @@ class Curves:
         constant = self.p - scale
         # At the bound c = 0 the difference of two equal numbers leaves rounding: it is the zero it stands for.
         constant = np.where(np.abs(constant) <= 1e-12 * np.abs(self.p), 0.0, constant)
-        return {"c": constant, "a": scale * np.exp(self.b * shift), "b": self.b}
+        with np.errstate(over="ignore"):  # a steep exponent at a large x0: the coefficient is infinite in float64
+            coefficient = scale * np.exp(self.b * shift)
+        return {"c": constant, "a": coefficient, "b": self.b}
 
 
 def basis(u: FloatArray, b: FloatArray) -> FloatArray:

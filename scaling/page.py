@@ -8,13 +8,14 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 
-from scaling.style import GRID, INK, PAPER, SOFT, Plot
+from scaling.style import COLOURS, GRID, INK, PAPER, SOFT, Plot
 
 CSS = """
 :root{--ink:#1f2430;--soft:#5a6270;--grid:#dfe3e9;--paper:#ffffff;--page:#f5f6f8;--accent:#0b5c91;--warn:#8a4b00;
---warnbg:#fff4e0;--good:#1b6b3a;color-scheme:light dark}
+--warnbg:#fff4e0;--c0:#0072b2;--c1:#d55e00;--c2:#007a5e;--c3:#aa4499;--c4:#8a6200;--c5:#56b4e9;
+color-scheme:light dark}
 @media (prefers-color-scheme:dark){:root{--ink:#e6e9ee;--soft:#a3acb9;--grid:#323a46;--paper:#171b21;--page:#0f1216;
---accent:#74b9ee;--warn:#f0bd72;--warnbg:#2b2314;--good:#7fce9b}}
+--accent:#74b9ee;--warn:#f0bd72;--warnbg:#2b2314;--c0:#4ba3e3;--c1:#f4813d;--c2:#35b48f;--c3:#d98acb;--c4:#cfa640;--c5:#a5d8f6}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,
 "DejaVu Sans",sans-serif;overflow-wrap:break-word}
@@ -59,13 +60,12 @@ tr.chosen td{font-weight:600}
 .warnings li{background:var(--warnbg);border-left:4px solid var(--warn);border-radius:6px;padding:.45rem .8rem;
 margin:.4rem 0;font-size:.93rem}
 .warnings code{color:var(--warn)}
-.good{color:var(--good);font-weight:600}
-.off{color:var(--warn);font-weight:600}
 dl{margin:.8rem 0}
 dt{font-weight:600;margin-top:.8rem}
 dd{margin:.1rem 0 0;max-width:90ch}
 details{padding:.7rem 1rem;margin:.8rem 0}
 summary{cursor:pointer;font-weight:600}
+details .pair{margin-top:.8rem}
 footer{margin-top:3rem;color:var(--soft);font-size:.88rem}
 @media (max-width:560px){body{font-size:15px}main{padding:12px 12px 48px}figure{padding:10px 4px 8px}
 figcaption,.downloads{padding:0 8px}}
@@ -102,12 +102,18 @@ document.querySelectorAll('a[data-svg]').forEach(function(link){
   });
 });
 """
-_THEMED = {"ink": INK, "soft": SOFT, "grid": GRID, "paper": PAPER}
+_FAMILIES = {f"c{i}": colour.lower() for i, colour in enumerate(COLOURS) if colour != INK}
+_THEMED = {"ink": INK, "soft": SOFT, "grid": GRID, "paper": PAPER, **_FAMILIES}
 
 
 def esc(value: object) -> str:
     """Text made safe for HTML content and quoted attributes."""
     return html.escape(str(value), quote=True)
+
+
+def theme_colour(colour: str) -> str:
+    """The page's variable for a figure colour, so that it follows the light or dark theme."""
+    return next((f"var(--{name})" for name, value in _THEMED.items() if value == colour.lower()), colour)
 
 
 def document(title: str, body: str) -> str:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from scaling.checklist import checklist
 from scaling.frontier import Comparison
 from scaling.laws import N_PARAMS
-from scaling.page import document, esc, figure_html, table_html
+from scaling.page import document, esc, figure_html, table_html, theme_colour
 from scaling.plots import (
     Reference,
     base_name,
@@ -27,7 +28,7 @@ from scaling.plots import (
 )
 from scaling.study import Analysis, FamilyResult, Panel, analyse, default_metric, done
 from scaling.style import FamilyStyle, Plot, equation, family_styles, number, tick
-from scaling.table import METRIC, NUMERIC, Table
+from scaling.table import METRIC, NUMERIC, Table, parse_number
 
 _COMPACT_ROOTS = ("ne", "auc", "gauc")
 _FORM_NAMES = {"loglin": "log-linear", "power": "power law", "power_const": "power law + constant"}
@@ -132,7 +133,7 @@ class _Builder:
             '<section id="laws">',
             *(self._panel(panel) for panel in self.analysis.panels),
             "</section>",
-            *self._compact(),
+            self._compact(),
             f'<section id="fits"><h2>All fits</h2>{self._fits()}</section>',
             f'<section id="checklist"><h2>Checklist</h2>{self._checklist()}</section>',
             f'<section id="trials"><h2>All trials</h2>{self._trials()}</section>',
@@ -160,7 +161,7 @@ class _Builder:
 
     def _card(self, family: FamilyResult, panel: Panel) -> str:
         points, best = family.points, family.best
-        colour = self.styles[family.name].colour
+        colour = theme_colour(self.styles[family.name].colour)
         seeds = len(points.runs[best])
         spread = f" ± {number(points.spread[best], 2)}" if seeds > 1 else ""
         label = points.labels[best] if points.labels else ""
@@ -204,18 +205,27 @@ class _Builder:
             headers, rows, label="Known values against fitted constants"
         )
 
-    def _compact(self) -> list[str]:
-        if not self.others:
-            return []
+    def _compact(self) -> str:
+        """Small figures of the other metrics: means in the open, tasks folded away."""
+        means = [other for other in self.others if "/" not in other.metric]
+        tasks = [other for other in self.others if "/" in other.metric]
+        parts = [f'<div class="pair">{"".join(self._small(o) for o in means)}</div>'] if means else []
+        if tasks:
+            inner = "".join(self._small(other) for other in tasks)
+            folded = f'<div class="pair">{inner}</div>'
+            parts.append(f"<details><summary>Per task ({len(tasks)} metrics)</summary>{folded}</details>")
+        body = "\n".join(parts)
+        return f'<section id="metrics"><h2>Other metrics</h2>{body}</section>' if parts else ""
+
+    def _small(self, other: Analysis) -> str:
         figures = []
-        for other in self.others:
-            for panel in other.panels:
-                plot = law_figure(panel, references=self.references, styles=self.styles, compact=True)
-                if len(other.panels) > 1:
-                    words = " · ".join(word for word in (panel.study, panel.dataset) if word)
-                    plot = Plot(plot.key, f"{plot.title} ({words})", plot.svg, plot.rows, plot.alt)
-                figures.append(self._figure(plot))
-        return ['<section id="metrics"><h2>Other metrics</h2><div class="pair">', *figures, "</div></section>"]
+        for panel in other.panels:
+            plot = law_figure(panel, references=self.references, styles=self.styles, compact=True)
+            words = " · ".join(word for word in (panel.study, panel.dataset) if word)
+            if len(other.panels) > 1:
+                plot = replace(plot, title=f"{metric_name(panel.metric)}: {words}")
+            figures.append(self._figure(plot))
+        return "".join(figures)
 
     def _fits(self) -> str:
         headers = [
@@ -271,8 +281,8 @@ class _Builder:
         headers = [(c, c in NUMERIC or METRIC.fullmatch(c) is not None) for c in columns]
         statuses = self.table.text("status", "done")
         rows = [
-            ("" if status == "done" else "bad", [(_short(row.get(c, ""), n), row.get(c, "")) for c, n in headers])
-            for row, status in zip(self.table.rows, statuses)
+            ("" if status == "done" else "bad", [_trial_cell(row.get(c, ""), c, n, at) for c, n in headers])
+            for row, status, at in zip(self.table.rows, statuses, self.table.origins)
         ]
         note = "<p>Trials that diverged or failed are listed in colour; they take no part in fits.</p>"
         return note + table_html(headers, rows, label="All trials", sortable=True)
@@ -286,14 +296,15 @@ def _plain(value: float, spec: str) -> str:
     return format(value, spec) if math.isfinite(value) else "–"
 
 
-def _short(cell: str, numeric: bool) -> str:
-    """Six significant digits for a long number; the cell's sort value keeps them all."""
+def _trial_cell(cell: str, column: str, numeric: bool, origin: str) -> tuple[str, str]:
+    """A cell's shown text and sort value: six significant digits shown, all of them sorted by."""
     if not numeric or not cell:
-        return cell
-    value = float(cell)
-    if value == int(value) and abs(value) < 1e7:
-        return str(int(value))
-    return f"{value:.6g}"
+        return cell, cell
+    value = parse_number(cell, column, origin)
+    if math.isnan(value):
+        return cell, ""
+    whole = value == int(value) and abs(value) < 1e7
+    return str(int(value)) if whole else f"{value:.6g}", cell
 
 
 def _truth_row(reference: Reference, family: FamilyResult) -> list[str]:

@@ -38,6 +38,8 @@ _DESIGN = [
     "decay",
     "precision",
 ]
+# Seeds of one configuration may train slightly different amounts (an early stop), never this much.
+_SAME_X = 1.05
 _FALLING = re.compile(r"(^|[^a-z])(ne|nll|mse|rmse|mae|bce|error|perplexity)([^a-z]|$)|loss|entropy")
 _BASELINES = re.compile(r"dlrm|dcn|deepfm|wukong|din|mlp")
 _CONSISTENT = (
@@ -276,14 +278,21 @@ def _family(name: str, own: Table, lost: int, s: _Settings, seed: int) -> Family
 
 
 def configurations(table: Table, metric: str, x: str) -> Points:
-    """Group trials that differ only in their seed; x is averaged, the metric keeps each seed's value."""
-    columns = [c for c in (*_DESIGN, *((x,) if x == "axis_value" else ())) if c in table.columns]
-    keys = list(zip(*(table.text(c) for c in columns))) if columns else [(str(i),) for i in range(len(table))]
-    groups: dict[tuple[str, ...], list[int]] = {}
-    for i, key in enumerate(keys):
-        groups.setdefault(key, []).append(i)
+    """Group trials that differ only in their seed; x is averaged, the metric keeps each seed's value.
+
+    Trials of one recorded design whose x differ by more than `_SAME_X` are told apart by x: the table then does not
+    record what distinguishes them, and averaging them would invent a point.
+    """
+    columns = [c for c in _DESIGN if c in table.columns]
     xs, ys, labels = table.numbers(x), table.numbers(metric), table.text("label")
-    order = sorted(groups.values(), key=lambda rows: float(np.mean(xs[rows])))
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for i, row in enumerate(table.rows):
+        groups.setdefault(tuple(row.get(c, "") for c in columns), []).append(i)
+    split: list[list[int]] = []
+    for rows in groups.values():
+        same = xs[rows].max() <= xs[rows].min() * _SAME_X
+        split += [rows] if same else [[i for i in rows if xs[i] == value] for value in np.unique(xs[rows])]
+    order = sorted(split, key=lambda rows: float(np.mean(xs[rows])))
     return Points(
         x=np.array([float(np.mean(xs[rows])) for rows in order]),
         runs=tuple(ys[rows] for rows in order),

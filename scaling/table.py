@@ -88,7 +88,7 @@ class Table:
     def numbers(self, column: str) -> FloatArray:
         """The cells of one column as float64 (rows,), NaN where missing; `TableError` on a word."""
         return np.array(
-            [_number(row.get(column, ""), column, origin) for row, origin in zip(self.rows, self.origins)],
+            [parse_number(row.get(column, ""), column, origin) for row, origin in zip(self.rows, self.origins)],
             dtype=np.float64,
         )
 
@@ -216,7 +216,8 @@ def _cell(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _number(cell: str, column: str, origin: str) -> float:
+def parse_number(cell: str, column: str, origin: str) -> float:
+    """A cell as a float, NaN for a missing, NaN or infinite one; `TableError` naming the place for a word."""
     if cell.lower() in _NOT_A_VALUE:
         return math.nan
     try:

@@ -113,7 +113,10 @@ class LogMapping:
         pairs = [(column, role) for role, column in roles.items() if column is not None]
         pairs += [(label.column, f"label {label.name}") for label in self.labels]
         pairs += [(feature.column, f"feature {feature.name}") for _, feature in self.features]
-        return dict(reversed(pairs))  # reversed: the first role of a column wins
+        columns: dict[str, str] = {}
+        for column, role in pairs:
+            columns.setdefault(column, role)
+        return columns
 
     def to_json(self) -> dict[str, Any]:
         """The mapping as plain values, for provenance; side tables by file name alone."""

@@ -16,7 +16,7 @@ _ROLES = {
     "item": ("integer", "text"),
     "request": ("integer", "text"),
     "key": ("integer", "text"),
-    "time": ("integer", "float", "timestamp[s]", "timestamp[ms]", "timestamp[us]", "timestamp[ns]"),
+    "time": ("integer", "float", "date-time"),
     "order": ("integer", "float"),
     "label": ("boolean", "integer", "float"),
     "feature": ("integer", "text", "boolean"),
@@ -27,7 +27,8 @@ def check_kinds(file: LogFile, roles: dict[str, str]) -> None:
     """Refuses a typed column that cannot play its role (``roles``: column -> ``user``, ``label like``, ...)."""
     for column, role in roles.items():
         kind, accepted = file.kinds[column], _ROLES[role.split()[0]]
-        if kind not in ("untyped", *accepted):
+        known = "date-time" if kind.startswith("timestamp") else kind
+        if known not in ("untyped", *accepted):
             raise UserError(f"{file.path}: column {column!r} (for {role}) has type {kind}, not {' or '.join(accepted)}")
 
 
@@ -133,7 +134,7 @@ def _floats(chunk: Chunk, column: str, role: str) -> np.ndarray:
     try:
         return np.asarray(array.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False), np.float64)
     except pa.ArrowInvalid:
-        row = _first(array, lambda text: _is_number(text))
+        row = _first(array, _is_number)
         value = chunk.columns[column][row].as_py()
         raise UserError(f"{chunk.where(row)}: {_named(column, role)} is {value!r}, which is not a number") from None
 

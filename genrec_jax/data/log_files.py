@@ -87,6 +87,8 @@ def open_log(path: Path, columns: Mapping[str, str]) -> LogFile:
     if path.suffix == ".parquet":
         schema, rows = _parquet_schema(path)
         _check_header(schema.names, columns, path)
+        if not rows:  # before the types: the columns of an empty table often have none
+            raise UserError(f"{path} has no rows")
         return LogFile(path, {column: _kind(schema.field(column).type) for column in columns}, rows)
     if path.suffix not in _TEXT_FORMATS:
         raise UserError(f"{path} has extension {path.suffix!r}; logs are read from {', '.join(EXTENSIONS)}")

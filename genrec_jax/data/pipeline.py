@@ -195,6 +195,16 @@ def evaluation_fingerprint(sequences: Sequences, config: DataConfig, goal: Goal,
     return _fingerprint(sequences, part, _evaluation_table(sequences, config, goal, part))
 
 
+def evaluation_events(
+    sequences: Sequences, config: DataConfig, goal: Goal, part: Part
+) -> tuple[np.ndarray, np.ndarray]:
+    """The evaluated impressions: event indices [M] and, for each, the event at which its request begins [M], int64."""
+    rows = _evaluation_table(sequences, config, goal, part)
+    counts = rows.target_stop - rows.target_start
+    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.repeat(rows.target_start, counts) + within, np.repeat(rows.history_stop, counts)
+
+
 def _evaluation_table(sequences: Sequences, config: DataConfig, goal: Goal, part: Part) -> RowTable:
     if goal == "retrieval":
         rows = row_tables.next_item_rows(sequences, split_last_two(sequences), part, config.history)

@@ -17,6 +17,7 @@ from genrec_jax.nn.cost import Cost, total
 from genrec_jax.nn.embedding import Table
 from genrec_jax.nn.hstu import HSTUBlock
 from genrec_jax.nn.stack import Stack
+from genrec_jax.retrieval_loss import draw_negatives, l2_normalise, sampled_softmax
 
 # The public code reserves 10 output slots and one for the target; they only enter the divisor and the table sizes.
 RESERVED = 11
@@ -85,31 +86,28 @@ class HSTURetrieval(Retriever):
         return jnp.take_along_axis(self.states(batch, next_item(batch), None), last[..., None], axis=1)
 
     def items(self) -> jax.Array:
-        return _unit(self.items_table.rows_table[...].at[0].set(0.0))
+        return l2_normalise(self.items_table.rows_table[...].at[0].set(0.0))
 
     def loss(self, batch: Batch, rngs: nnx.Rngs) -> tuple[jax.Array, jax.Array]:
         rows = next_item(batch)
-        shape = (*rows.target.shape, self.negatives)
-        negatives = jax.random.randint(rngs.negatives(), shape, 1, self.items_table.vocab, jnp.int32)
+        negatives = draw_negatives(rngs.negatives(), rows.target, self.negatives, self.items_table.vocab - 1)
         return self.sampled_loss(self.states(batch, rows, rngs), rows.target, negatives)
 
     def states(self, batch: Batch, rows: NextItem, rngs: nnx.Rngs | None) -> jax.Array:
         """Unit vectors [B, N, D] float32, one per history position."""
         x = self.width**0.5 * self.items_table(batch.history.item) + self.positions[...][rows.position]
         x = dropout(x.astype(self.dtype), self.dropout, rngs)
-        return _unit(self.stack(x, rows.tokens, rngs=rngs).astype(jnp.float32))
+        return l2_normalise(self.stack(x, rows.tokens, rngs=rngs).astype(jnp.float32))
 
     def sampled_loss(self, states: jax.Array, target: jax.Array, negatives: jax.Array) -> tuple[jax.Array, jax.Array]:
         """states [B, N, D], target [B, N], negatives [B, N, R] -> (sum of losses, positions with a target)."""
-        ids = jnp.concatenate([target[..., None], negatives], axis=-1)
-        cosines = jnp.einsum("bnd,bnrd->bnr", states, _unit(self.items_table(ids)))
-        hit = negatives == target[..., None]
-        logits = (cosines / self.temperature).at[..., 1:].add(jnp.where(hit, -5e4, 0.0))
-        losses = jax.nn.logsumexp(logits, axis=-1) - logits[..., 0]
-        real = target > 0
-        return jnp.sum(jnp.where(real, losses, 0.0)), jnp.sum(real.astype(jnp.float32))
+        weights = (target > 0).astype(jnp.float32)
+        count = jnp.sum(weights)
+        mean = sampled_softmax(states, self.items(), target, weights, negatives, temperature=self.temperature)
+        return mean * count, count
 
     def cost(self, shape: Shape) -> Cost:
+        # The definition's products; multiplying by the whole table instead, where that is faster, is not counted.
         loss = Cost(flops=2.0 * shape.history * self.width * (1 + self.negatives))
         return total(
             [
@@ -119,8 +117,3 @@ class HSTURetrieval(Retriever):
                 loss,
             ]
         )
-
-
-def _unit(x: jax.Array) -> jax.Array:
-    """x / max(|x|, 1e-6), with a finite gradient at zero."""
-    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-12))

@@ -219,8 +219,9 @@ def test_formats_and_chunks_give_identical_datasets(tmp_path, suffix, chunk_rows
 def test_agrees_with_an_independent_sort(tmp_path):
     columns = big_log(2000)
     data = imported(tmp_path, columns, chunk_rows=128, labels=["y=y"])
-    rows = sorted(range(2000), key=lambda r: (keys(data, "users").index(columns["u"][r]), columns["t"][r], r))
-    assert [keys(data, "items")[i - 1] for i in data.item] == [columns["i"][r] for r in rows]
+    users, items = keys(data, "users"), keys(data, "items")
+    rows = sorted(range(2000), key=lambda r: (users.index(columns["u"][r]), columns["t"][r], r))
+    assert [items[i - 1] for i in data.item] == [columns["i"][r] for r in rows]
     assert (data.time + data.origin).tolist() == [columns["t"][r] for r in rows]
     assert data.labels[:, 0].tolist() == [columns["y"][r] for r in rows]
 

@@ -1,8 +1,9 @@
 """Adapters and the import cache, on generated folders and, where they are present, on the real ones."""
 
 import json
-import multiprocessing
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +77,8 @@ def test_movielens_100k(tmp_path):
         "user_id:token\titem_id:token\trating:float\ttimestamp:float\n7\t2\t5\t20\n7\t1\t3\t10\n"
     )
     (raw / "ml-100k.item").write_text(
-        'item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq\n1\t"A\t1995\tDrama Sci-Fi\n2\tB\t\t\n'
+        "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq\n"
+        '1\t"A\t1995\tDrama Sci-Fi\n2\tB\t\t\n'
     )
     (raw / "ml-100k.user").write_text(
         "user_id:token\tage:token\tgender:token\toccupation:token\tzip_code:token\n7\t24\tM\twriter\t8\n"
@@ -147,16 +149,16 @@ def test_default_cache_is_in_the_home_folder(monkeypatch, tmp_path):
 
 def test_parallel_callers_import_once(tmp_path):
     raw, cache = movielens(tmp_path / "raw", "original"), tmp_path / "cache"
-    with multiprocessing.get_context("spawn").Pool(3) as pool:
-        found = pool.starmap(_load_quietly, [(raw, cache)] * 6)
-    assert len({path for path, _ in found}) == 1
-    assert len({inode for _, inode in found}) == 1  # imported once: nobody replaced another's folder
+    program = (
+        "import sys; from genrec_jax.data.catalog import load_any; path = load_any(*sys.argv[1:], quiet=True); "
+        "print(path, (path / 'dataset.json').stat().st_ino)"
+    )
+    command = [sys.executable, "-c", program, str(raw), str(cache)]
+    callers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    answers = {caller.communicate(timeout=60)[0] for caller in callers}
+    assert len(answers) == 1  # one path, and one file: nobody replaced another's folder
+    assert "ml-1m-" in answers.pop()
     assert {p.suffix for p in cache.iterdir() if not p.is_dir()} == {".lock"}
-
-
-def _load_quietly(raw: Path, cache: Path) -> tuple[Path, int]:
-    path = load_any(raw, cache, quiet=True)
-    return path, (path / "dataset.json").stat().st_ino
 
 
 @pytest.mark.parametrize(("name", "message"), [("empty", "import your own log with `genrec data"), ("no", "not exist")])

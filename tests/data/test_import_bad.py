@@ -63,7 +63,7 @@ CASES = {
     "empty file": ({"log.csv": ""}, {}, r"log.csv is empty"),
     "empty parquet file": ({"log.parquet": b""}, {}, r"log.parquet is empty"),
     "header only": ({"log.csv": "u,i,t,y\n"}, {}, r"log.csv has no rows"),
-    "no parquet rows": (columns(u=[], i=[], t=[], y=[]), {}, r"column 'u' .* has type null|log.parquet has no rows"),
+    "no parquet rows": (columns(u=[], i=[], t=[], y=[]), {}, r"log.parquet has no rows"),
     "second file empty": ({"log1.csv": GOOD, "log2.csv": "u,i,t\n"}, {}, r"log2.csv has no rows"),
     "blank header": ({"log.csv": "\n1,2,3\n"}, {}, r"log.csv, line 1 is blank"),
     "duplicate header": ({"log.csv": "u,i,t,u\n1,2,3,4\n"}, {}, r"log.csv has two columns named 'u'"),
@@ -152,7 +152,7 @@ def test_truncated_parquet(tmp_path):
     run(tmp_path, columns())
     log = tmp_path / "log.parquet"
     content = log.read_bytes()
-    with pytest.raises(UserError, match="log.parquet is not a readable parquet file"):
+    with pytest.raises(UserError, match=r"log\.parquet is not a readable parquet file"):
         run(tmp_path, {"log.parquet": content[:-20]})
 
 
@@ -160,13 +160,13 @@ def test_damaged_parquet_page(tmp_path):
     run(tmp_path, columns())
     content = bytearray((tmp_path / "log.parquet").read_bytes())
     content[4:40] = b"\xff" * 36  # the first pages; the footer stays whole
-    with pytest.raises(UserError, match="log.parquet cannot be read after row 0"):
+    with pytest.raises(UserError, match=r"log\.parquet cannot be read after row 0"):
         run(tmp_path, {"log.parquet": bytes(content)})
 
 
-def table(folder: Path, name: str, content: str, level="item", features=(FeatureColumn("f", "f"),)) -> dict:
+def table(folder: Path, name: str, content: str, level="item") -> dict:
     (folder / name).write_text(content)
-    return {"tables": [SideTable(level, folder / name, "id", features)]}
+    return {"tables": [SideTable(level, folder / name, "id", (FeatureColumn("f", "f"),))]}
 
 
 @pytest.mark.parametrize(
@@ -236,5 +236,5 @@ def test_bad_mapping_files_name_file_and_key(tmp_path, text, message):
 
 
 def test_missing_mapping_file(tmp_path):
-    with pytest.raises(UserError, match="m.toml does not exist"):
+    with pytest.raises(UserError, match=r"m\.toml does not exist"):
         read_mapping(tmp_path / "m.toml")

@@ -1,7 +1,9 @@
 """Batches and models small enough to reason about, shared by the tests of the generative models."""
 
 import dataclasses
+import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -12,6 +14,7 @@ from genrec_jax.models import registry
 from genrec_jax.models.base import Build, ModelConfig
 from genrec_jax.models.dirl import DirLConfig
 from genrec_jax.models.hstu import HSTUConfig
+from genrec_jax.models.registry import Model
 from genrec_jax.models.transformer import TransformerConfig
 
 SCHEMA = Schema(
@@ -32,17 +35,29 @@ RANKERS: dict[str, ModelConfig] = {
 }
 
 
-def make(name: str, shape: Shape, dtype: str = "float32", **changes):
+# Tiny cases spend their time in the compiler, not in the code it makes.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def initialised(config: ModelConfig, shape: Shape, schema: Schema = SCHEMA, dtype: str = "float32") -> Model:
+    """A freshly initialised model."""
+
+    def build() -> Model:
+        return registry.build(config, Build(schema, shape, jnp.dtype(dtype)), rngs=nnx.Rngs(0))
+
+    graph = nnx.graphdef(nnx.eval_shape(build))
+    return nnx.merge(graph, jit(lambda: nnx.state(build()))())
+
+
+def make(name: str, shape: Shape, dtype: str = "float32", **changes) -> Model:
     """A ranker with every parameter moved off its initial zeros, so that no path is silent by accident."""
-    config = dataclasses.replace(RANKERS[name], **changes)
-    model = registry.build(config, Build(SCHEMA, shape, jnp.dtype(dtype)), rngs=nnx.Rngs(0))
-    key = nnx.Rngs(7)
-    state = nnx.state(model, nnx.Param)
-    for _, param in nnx.to_flat_state(state):
-        noise = 0.05 * np.asarray(key.params.normal(param.shape), np.float32)
-        param[...] = param[...] + noise
-    nnx.update(model, state)
-    return model
+    graph, state = nnx.split(initialised(dataclasses.replace(RANKERS[name], **changes), shape, dtype=dtype))
+    draw = np.random.default_rng(7)
+    moved = [
+        (path, p.replace(p[...] + 0.05 * draw.normal(size=p.shape).astype(np.float32)))
+        for path, p in nnx.to_flat_state(state)
+    ]
+    return nnx.merge(graph, nnx.from_flat_state(moved))
 
 
 def random_batch(shape: Shape, lengths: list[list[int]], seed: int = 0, schema: Schema = SCHEMA) -> Batch:
@@ -109,7 +124,12 @@ def pack(batch: Batch, shape: Shape) -> Batch:
 
     segment = np.where(h.segment > 0, 1 + np.arange(len(h.item), dtype=np.int32)[:, None], 0)
     history = History(
-        past(h.item), past(h.time), past(h.labels), past(segment), past(h.supervised), {k: past(v) for k, v in h.features.items()}
+        past(h.item),
+        past(h.time),
+        past(h.labels),
+        past(segment),
+        past(h.supervised),
+        {k: past(v) for k, v in h.features.items()},
     )
 
     def joined(x: np.ndarray) -> np.ndarray:

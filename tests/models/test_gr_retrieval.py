@@ -1,6 +1,7 @@
 """HSTU retrieval: parity with recorded vectors of the public PyTorch code, and the properties of its rows."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -14,19 +15,13 @@ from flax import nnx
 from genrec_jax.batch import Batch, Candidates, Context, History, Shape
 from genrec_jax.data.schema import Schema
 from genrec_jax.layouts import next_item
-from genrec_jax.models import registry
-from genrec_jax.models.base import Build
 from genrec_jax.models.hstu_retrieval import RESERVED, HSTURetrievalConfig
-from tests.models.gr_helpers import change, pack, random_batch
+from tests.models.gr_helpers import change, initialised, jit, pack, random_batch
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
 SHAPE = Shape(history=10, candidates=1)
 SCHEMA = Schema(items=30, tasks=("watch",))
 TINY = HSTURetrievalConfig(width=16, heads=2, dropout=0.0, negatives=8)
-
-
-def build(config, schema, shape):
-    return registry.build(config, Build(schema, shape, jnp.dtype("float32")), rngs=nnx.Rngs(0))
 
 
 def reference_batch(record):
@@ -68,10 +63,15 @@ def test_parity_with_the_public_code(file):
     batch = reference_batch(record)
     assert meta["padded_len"] == meta["max_sequence_len"] + RESERVED
     config = HSTURetrievalConfig(
-        width=meta["D"], depth=meta["blocks"], heads=meta["heads"], dropout=0.0, qk_width=meta["dqk"], v_width=meta["dv"]
+        width=meta["D"],
+        depth=meta["blocks"],
+        heads=meta["heads"],
+        dropout=0.0,
+        qk_width=meta["dqk"],
+        v_width=meta["dv"],
     )
     schema = Schema(items=meta["num_items"] + 1, tasks=("watch",))
-    model = build(config, schema, Shape(meta["max_sequence_len"], 1))
+    model = initialised(config, Shape(meta["max_sequence_len"], 1), schema)
     graph, state = nnx.split(model)
     given = reference_parameters(record, "param", meta["blocks"])
     flat = nnx.to_flat_state(state)
@@ -88,7 +88,7 @@ def test_parity_with_the_public_code(file):
         total, count = ours.sampled_loss(encoded, rows.target, jnp.asarray(negatives))
         return total / count, encoded
 
-    (value, encoded), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(state)
+    (value, encoded), grads = jit(jax.value_and_grad(loss, has_aux=True))(state)
     real = batch.history.segment > 0
     np.testing.assert_allclose(np.asarray(encoded)[real], record["out/encoder"][real], rtol=0, atol=2e-5)
     np.testing.assert_allclose(value, record["out/loss"], rtol=1e-5)
@@ -98,8 +98,34 @@ def test_parity_with_the_public_code(file):
         np.testing.assert_allclose(grad[...], expected[path], rtol=0, atol=1e-4 * scale, err_msg=str(path))
 
 
-def tiny(**changes):
-    return build(dataclasses.replace(TINY, **changes), SCHEMA, SHAPE)
+@functools.cache
+def _jitted(dropout=0.0):
+    """state and the jitted (states, users, loss) of a tiny model."""
+    graph, state = nnx.split(initialised(dataclasses.replace(TINY, dropout=dropout), SHAPE, SCHEMA))
+    states = jit(lambda s, batch: nnx.merge(graph, s).states(batch, next_item(batch), None))
+    users = jit(lambda s, batch: nnx.merge(graph, s).users(batch))
+    loss = jit(lambda s, batch, seed: nnx.merge(graph, s).loss(batch, nnx.Rngs(dropout=seed, negatives=0)))
+    return state, states, users, loss
+
+
+def states_of(batch):
+    state, states, _, _ = _jitted()
+    return np.asarray(states(state, batch))
+
+
+def users_of(batch, dropout=0.0):
+    state, _, users, _ = _jitted(dropout)
+    return np.asarray(users(state, batch))
+
+
+def loss_of(batch, dropout=0.0, seed=0):
+    state, _, _, loss = _jitted(dropout)
+    total, count = loss(state, batch, seed)
+    return float(total), float(count)
+
+
+def tiny():
+    return initialised(TINY, SHAPE, SCHEMA)
 
 
 def rows_batch(lengths=((10,), (4,), (1,)), shape=SHAPE):
@@ -107,50 +133,49 @@ def rows_batch(lengths=((10,), (4,), (1,)), shape=SHAPE):
 
 
 def test_users_are_the_states_after_the_last_event():
-    model, batch = tiny(), rows_batch()
-    states = model.states(batch, next_item(batch), None)
-    users = model.users(batch)
+    batch = rows_batch()
+    users = users_of(batch)
     assert users.shape == (3, 1, 16)
-    np.testing.assert_array_equal(users[:, 0], states[np.arange(3), [9, 3, 0]])
-    np.testing.assert_allclose(jnp.linalg.norm(users, axis=-1), 1.0, rtol=1e-5)
-    items = model.items()
+    np.testing.assert_allclose(users[:, 0], states_of(batch)[np.arange(3), [9, 3, 0]], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(users, axis=-1), 1.0, rtol=1e-5)
+    items = tiny().items()
     assert items.shape == (30, 16)
     np.testing.assert_allclose(jnp.linalg.norm(items, axis=-1), [0.0] + [1.0] * 29, rtol=1e-5)
 
 
 def test_a_user_does_not_depend_on_the_target_item_but_on_its_time():
-    model, batch = tiny(), rows_batch()
+    batch = rows_batch()
     item = change(batch, "candidates", item=batch.candidates.item % 29 + 1)
     later = change(batch, "candidates", time=batch.candidates.time + 10**6)
-    np.testing.assert_array_equal(model.users(item), model.users(batch))
-    assert np.abs(model.users(later) - model.users(batch)).max() > 1e-7
+    np.testing.assert_array_equal(users_of(item), users_of(batch))
+    assert np.abs(users_of(later) - users_of(batch)).max() > 1e-7
 
 
 def test_packed_users_equal_separate_ones():
-    model, separate = tiny(), rows_batch(((4,), (1,), (3,)))
+    separate = rows_batch(((4,), (1,), (3,)))
     packed = pack(separate, Shape(10, 1, 3))
-    np.testing.assert_allclose(model.users(packed)[0], model.users(separate)[:, 0], rtol=0, atol=1e-6)
-    totals = [model.loss(b, nnx.Rngs(0)) for b in (separate, packed)]
-    assert float(totals[0][1]) == float(totals[1][1]) == 8
+    np.testing.assert_allclose(users_of(packed)[0], users_of(separate)[:, 0], rtol=0, atol=1e-6)
+    assert loss_of(separate)[1] == loss_of(packed)[1] == 8
 
 
 def test_later_events_do_not_reach_earlier_states():
-    model, batch = tiny(), rows_batch(((10,),))
+    batch = rows_batch()
     item, time = batch.history.item.copy(), batch.history.time.copy()
     item[:, 6:], time[:, 7:] = item[:, 6:] % 29 + 1, time[:, 7:] + 9999
-    later = change(batch, "history", item=item, time=time)
-    states = [model.states(b, next_item(b), None) for b in (batch, later)]
-    np.testing.assert_array_equal(states[0][:, :6], states[1][:, :6])
-    assert np.abs(states[0][:, 6:] - states[1][:, 6:]).max() > 1e-5
+    before, after = states_of(batch), states_of(change(batch, "history", item=item, time=time))
+    np.testing.assert_array_equal(after[:, :6], before[:, :6])
+    assert np.abs(after[0, 6:] - before[0, 6:]).max() > 1e-5
 
 
 def test_padding_is_irrelevant_and_dropout_is_not():
-    model, batch = tiny(dropout=0.5), rows_batch()
+    batch = rows_batch()
     pad = batch.history.segment == 0
-    dirty = change(batch, "history", item=np.where(pad, 10**6, batch.history.item), time=np.where(pad, 5, 1) * batch.history.time)
-    np.testing.assert_array_equal(model.users(dirty), model.users(batch))
-    assert np.isfinite(model.loss(dirty, nnx.Rngs(0))[0])
-    losses = [float(model.loss(batch, nnx.Rngs(dropout=seed, negatives=0))[0]) for seed in (0, 0, 1)]
+    item, time = np.where(pad, 10**6, batch.history.item), np.where(pad, 5, 1) * batch.history.time
+    dirty = change(batch, "history", item=item.astype(np.int32), time=time.astype(np.int32))
+    np.testing.assert_array_equal(users_of(dirty), users_of(batch))
+    assert loss_of(dirty) == loss_of(batch)
+    np.testing.assert_allclose(users_of(batch, dropout=0.5), users_of(batch), rtol=0, atol=1e-6)
+    losses = [loss_of(batch, 0.5, seed)[0] for seed in (0, 0, 1)]
     assert losses[0] == losses[1] != losses[2]
 
 
@@ -169,7 +194,7 @@ def test_gradients_are_finite_everywhere_and_loss_falls():
     batch = change(batch, "history", item=pattern.astype(np.int32))
     optimizer = optax.adam(1e-2)
 
-    @jax.jit
+    @jit
     def step(state, opt):
         def mean(s):
             total, count = nnx.merge(graph, s).loss(batch, nnx.Rngs(0))

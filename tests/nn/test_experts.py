@@ -21,19 +21,19 @@ HEADS = {
 
 
 def head(name, *, inputs=6, tasks=3, widths=(7, 5), tower=(4,), dtype=None):
-    return CGC(inputs, tasks, widths=widths, tower=tower, dtype=dtype, rngs=nnx.Rngs(0), **HEADS[name])
+    """A head with random parameters, biases too: at their initial zero a forgotten one would not show."""
+
+    def build():
+        return CGC(inputs, tasks, widths=widths, tower=tower, dtype=dtype, rngs=nnx.Rngs(0), **HEADS[name])
+
+    rng = np.random.default_rng(5)
+    graph, shapes = nnx.split(nnx.eval_shape(build))
+    return nnx.merge(graph, jax.tree.map(lambda x: jnp.asarray(0.5 * rng.normal(size=x.shape), x.dtype), shapes))
 
 
 def jitted(module):
     graph, params = nnx.split(module)
     return functools.partial(jax.jit(lambda p, z: nnx.merge(graph, p)(z)), params)
-
-
-def randomise_biases(module):
-    """Biases start at zero, where a forgotten one would not show."""
-    rng = np.random.default_rng(5)
-    for _, leaf in nnx.to_flat_state(nnx.state(module)):
-        leaf[...] = jnp.asarray(np.asarray(leaf[...]) + 0.3 * rng.normal(size=leaf.shape).astype(np.float32))
 
 
 def slice_of(param, n):
@@ -78,7 +78,6 @@ def oracle(module, z, shared, specific, tasks):
 @pytest.mark.parametrize("name", HEADS)
 def test_matches_a_loop_over_experts(name):
     module = head(name)
-    randomise_biases(module)
     z = np.random.default_rng(1).normal(size=(2, 4, 6))
     logits = jitted(module)(jnp.asarray(z, jnp.float32))
     assert logits.shape == (2, 4, 3)
@@ -91,7 +90,6 @@ def test_matches_a_loop_over_experts(name):
 @pytest.mark.parametrize("name", HEADS)
 def test_every_parameter_changes_the_output(name):
     module = head(name)
-    randomise_biases(module)
     z = jax.random.normal(jax.random.key(0), (32, 6))
     graph, params = nnx.split(module)
     gradient = jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(nnx.merge(graph, p)(z)))))(params)
@@ -132,7 +130,7 @@ def test_bfloat16_is_close_and_returns_float32():
     z = jax.random.normal(jax.random.key(0), (16, 6))
     low = jitted(head("ple", dtype=jnp.bfloat16))(z)
     assert low.dtype == jnp.float32
-    np.testing.assert_allclose(low, jitted(head("ple"))(z), atol=0.05)
+    np.testing.assert_allclose(low, jitted(head("ple"))(z), atol=0.1)
 
 
 @pytest.mark.parametrize(

@@ -93,9 +93,11 @@ def pack(requests, *, segments, history, padding=0):
 read = jax.jit(functools.partial(request_features, schema=SCHEMA))
 
 
-def jitted(fields):
-    graph, params = nnx.split(fields)
-    return functools.partial(jax.jit(lambda p, b: nnx.merge(graph, p)(b)), params)
+def random_fields():
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: Fields(SCHEMA, 4, rngs=nnx.Rngs(0))))
+    rng = np.random.default_rng(3)
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), shapes)
+    return nnx.merge(graph, params), jax.jit(lambda b: nnx.merge(graph, params)(b))
 
 
 def log_odds(p):
@@ -184,9 +186,9 @@ def test_a_dataset_without_features():
 @pytest.mark.parametrize("segments", [1, 3])
 def test_fields_match_a_loop(segments):
     requests = random_requests(6)
-    fields = Fields(SCHEMA, 4, rngs=nnx.Rngs(0))
+    fields, run = random_fields()
     batch = pack(requests, segments=segments, history=20, padding=1)
-    got = np.asarray(jitted(fields)(batch)).reshape(6, 3, -1, 4)
+    got = np.asarray(run(batch)).reshape(6, 3, -1, 4)
     assert got.shape[2] == fields.count == 1 + 3 + 3
 
     def row(table, ids):
@@ -207,7 +209,7 @@ def test_fields_match_a_loop(segments):
 
 
 def test_fields_cost_by_hand():
-    fields = Fields(SCHEMA, 4, rngs=nnx.Rngs(0))
+    fields, _ = random_fields()
     cost = fields.cost(Shape(history=10, candidates=3, segments=2))
     assert cost.embedding_params == 4 * (30 + 5 + 12 + 40)
     assert cost.embedding_reads == 4 * ((6 + 10) + 2 + 6 * 3 + 6)

@@ -31,7 +31,7 @@ def test_webb_weights_have_mean_zero_and_variance_one() -> None:
 def test_coverage_of_curve_and_prediction_intervals(n: int, seeds: int, form: str, method: str) -> None:
     """95 % intervals of the curve at mid-range and of one new run there cover about as often as they claim."""
     rng = np.random.default_rng(11)
-    trials, curve_hits, run_hits = 120, 0, 0
+    trials, curve_hits, run_hits = 100, 0, 0
     middle = n // 2
     for trial in range(trials):
         points, truth = simulated(rng, n, seeds, form)

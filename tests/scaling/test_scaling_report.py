@@ -233,6 +233,23 @@ def test_two_points_draw_without_a_law(results: Path, tmp_path: Path) -> None:
     assert "no_fit" in (tmp_path / "small.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(
+    "values",
+    [[0.7] * 6, [0.0] * 6, [0.9, 0.5, 0.5, 0.5, 0.5, 0.5], [0.9] * 5 + [0.5], [-3, -2, -1, 0, 1, 2], [0.5, 0.6]],
+    ids=["flat", "zero", "first step", "last step", "through zero", "two points"],
+)
+@pytest.mark.parametrize("metric", ["ne", "auc"])
+def test_awkward_curves_fit_and_draw_without_a_warning(values: list[float], metric: str) -> None:
+    """Shapes with no law in them, at a huge x: numbers or None come out, never an overflow or a crash."""
+    rows = []
+    for name, shift in (("a", 0.0), ("b", 0.01)):
+        for i, value in enumerate(values):
+            rows.append({"family": name, "train_flops": repr(10.0 ** (30 + i)), metric: repr(value + shift * (i % 2))})
+    analysis = analyse(Table(list(rows[0]), rows, ["x.csv, line 2"] * len(rows)), metric, n_boot=30)
+    json.dumps(analysis.to_json(), allow_nan=False)
+    assert law_figure(analysis.panels[0]).svg.startswith("<?xml")
+
+
 def test_metric_direction_and_default() -> None:
     assert [higher_is_better(m) for m in ("ne", "ne/click", "logloss", "auc", "gauc/one", "hr@10", "ndcg@10")] == [
         False,

@@ -44,6 +44,17 @@ Both in expectation over labels, mean entropy of p* over entropy of the base rat
 the very labels a model is evaluated on. Both know c(i), q(i) and the world's tables, which a model must learn: it
 reaches the floor in the limit of infinite data, except on items that were never shown before the split.
 
+The presets' mean NE over tasks, on the test part of the time split at seed 0, in expectation:
+
+    preset              item alone  0 events      8     64    256    all  oracle
+    tiny                      .952      .952   .908   .853   .835   .835    .716
+    small                     .953      .953   .913   .844   .815   .814    .713
+    medium (shard 0/32)       .951      .950   .916   .869   .847   .838    .713
+    large (shard 0/256)       .952      .952   .917   .866   .844   .833    .716
+
+The 0-events column sees the region too. Popularity alone says nothing of labels: a predictor that knows only how often
+an item is shown is at 1.
+
 **Reproducible.** Every number is drawn from a counter-based generator (Philox) keyed by the seed and a block of 1024
 users, so any shard can be made alone; and only operations that IEEE 754 rounds exactly are used (``exact.py``), so
 that the same world has the same bits on every machine, for any number of shards and processes.

@@ -162,7 +162,11 @@ class _View:
 def _view(dataset: Sequences | str | Path) -> _View:
     sequences = dataset if isinstance(dataset, Sequences) else load(dataset)
     world = read_world(sequences.path)
-    state = np.load(sequences.path / "truth/state.npy", mmap_mode="r")
+    file = sequences.path / "truth/state.npy"
+    try:
+        state = np.load(file, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
     return _View(sequences, world, label_tables(world), item_tables(world), state)
 
 

@@ -41,8 +41,12 @@ def generate(
 
     Shards are contiguous runs of user blocks with the same items, types and tables; put end to end, they are the
     unsharded world. processes: how many write blocks at once; the result does not depend on it. floor_requests: floors
-    are computed on at most this many requests of the test part (0: none). Raises UserError for an impossible shard.
+    are computed on at most this many requests of the test part (0: none). Memory: writing takes about 200 MB and the
+    popularity's table (25 bytes per item and period) per process; the floors' time split takes 20 bytes per event, so
+    beyond a few hundred million events use shards. Raises UserError for an impossible shard.
     """
+    if processes < 1:
+        raise UserError(f"{processes} processes cannot write a dataset")
     blocks = -(-world.users // BLOCK)
     if not 0 <= shard < shards <= blocks:
         raise UserError(f"shard {shard} of {shards} is impossible: this world has {blocks} blocks of {BLOCK} users")

@@ -136,8 +136,8 @@ def item_tables(world: World) -> Items:
 def popularity(world: World) -> Popularity:
     """Cohorts of atoms with stick-breaking weights, born period by period, each living a geometric time.
 
-    An atom is an item with a weight: in the first cohort each has an item of its own; in a later one ``new_items``
-    atoms have items never shown before, the others uniformly one of the items born until then (whose weights add up).
+    An atom is an item with a weight: in the first cohort each has an item of its own; in later ones some have
+    items never shown before, the others uniformly one of the items born until then (whose weights add up).
     """
     stream = Stream(world.seed, _POPULARITY_STREAM)
     cohorts = [world.first_items] + [world.new_atoms] * (world.periods - 1)
@@ -163,11 +163,13 @@ def popularity(world: World) -> Popularity:
 
 def _atom_items(stream: Stream, world: World, birth: np.ndarray) -> np.ndarray:
     """[atoms] item ids, new ids in order of birth."""
-    known = world.first_items + world.new_items * np.maximum(birth - 1, 0)
+    later = max(1, world.periods - 1)
+    born_by = world.first_items + world.new_items * np.arange(world.periods) // later  # items born up to each period
+    known = np.where(birth == 0, 0, born_by[birth - 1])
     place = np.arange(len(birth)) - np.searchsorted(birth, birth)
-    new = (birth == 0) | (place < world.new_items)
+    new_id = 1 + known + place
     returning = 1 + stream.below(known, len(birth))
-    return np.where(new, 1 + np.where(birth == 0, place, known + place), returning)
+    return np.where(new_id <= born_by[birth], new_id, returning)
 
 
 def _cohort_weights(stream: Stream, world: World, size: int) -> np.ndarray:

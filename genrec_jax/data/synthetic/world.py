@@ -44,9 +44,9 @@ class World:
     long_gap: float = 0.1
     clusters: int = 16
     qualities: int = 8
-    concentration: float = 500.0
+    concentration: float = 1000.0
     periods: int = 30
-    turnover: float = 0.05
+    turnover: float = 0.03
     novelty: float = 0.05
     category_noise: float = 0.2
     tasks: tuple[str, ...] = ("click", "like", "share")
@@ -97,26 +97,26 @@ class World:
         _require(self.items < 2**31 - 1, "items", "below 2^31 - 1", self)
         _require(self.days <= 3650, "days", "at most 3650 (times are 32-bit seconds)", self)
         enough = self.turnover * self.novelty == 0 or self.periods == 1 or self.new_items >= 1
-        _require(enough, "items", "enough for one new item per period", self)
+        _require(enough, "items", "enough for one new item", self)
         fits = LONGEST * self.requests * SESSION_GAP < self.days * 86400
         need = math.ceil((LONGEST * self.requests * SESSION_GAP + 1) / 86400)
         _require(fits, "days", f"at least {need} for {self.requests} requests per user", self)
 
     @property
     def new_items(self) -> int:
-        """Items that are first shown in each period after the first."""
-        share = self.turnover * self.novelty
-        return int(self.items * share / (1 + (self.periods - 1) * share))
+        """Items born after the first period, spread evenly over the later ones."""
+        relative = self.turnover * self.novelty * (self.periods - 1)
+        return int(self.items * relative / (1 + relative))
 
     @property
     def first_items(self) -> int:
         """Items alive in the first period, and atoms of the popularity in it."""
-        return self.items - self.new_items * (self.periods - 1)
+        return self.items - self.new_items
 
     @property
     def new_atoms(self) -> int:
         """Atoms born in each period after the first: as many as are expected to die, so that numbers stay level."""
-        return max(self.new_items, round(self.turnover * self.first_items))
+        return math.ceil(self.turnover * self.first_items)
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -133,12 +133,11 @@ def _require(holds: bool, name: str, rule: str, world: World) -> None:
 
 
 PRESETS: dict[str, World] = {
-    "tiny": World(users=512, requests=24, items=500, concentration=100.0),  # about 50 thousand events
-    "small": World(),  # 1 million
-    "medium": World(users=2**18, requests=96, items=100_000, concentration=5000.0, domains=8),  # 100 million
-    "large": World(
-        users=2**21, requests=128, items=1_000_000, concentration=50_000.0, days=365, domains=8
-    ),  # 1 billion
+    # About 50 thousand, 1 million, 100 million and 1 billion events.
+    "tiny": World(users=512, requests=24, items=500, concentration=125.0),
+    "small": World(),
+    "medium": World(users=2**18, requests=96, items=100_000, concentration=25_000.0, domains=8),
+    "large": World(users=2**21, requests=128, items=1_000_000, concentration=250_000.0, days=365, domains=8),
 }
 
 

@@ -1,0 +1,45 @@
+"""Depth: what do more layers give at a fixed width?
+
+    python -m experiments.depth --data DATA --budget small --workers 2
+
+HSTU blocks (width 48) against layers of DLRM's top MLP (width 192), everything else fixed, one pass over the data.
+
+Small: 1 to 8 layers, 8 trials, about five minutes with two workers on two cores. Medium: up to 16 layers at width 128,
+two seeds. Large: up to 32 at width 512.
+
+Expect HSTU to gain from the first few blocks and DLRM to gain nothing after two or three layers.
+"""
+
+import sys
+
+from experiments.ladders import BASE, rates
+from experiments.study import Study
+from experiments.sweep import Sweep, model, param
+
+
+def _sweep(depths: list[int], hstu: int, heads: int, dlrm: int, seeds: list[int]) -> Sweep:
+    blocks = model("hstu", **{"model.width": hstu, "model.heads": heads, "train.batch_rows": 16, **rates(hstu)})
+    layers = model("dlrm", **{"model.width": dlrm, "model.embedding": 24, "train.batch_rows": 32, **rates(dlrm)})
+    return (blocks + layers) * param("model.depth", depths, axis=True) * param("seed", seeds)
+
+
+STUDY = Study(
+    name="depth",
+    title="Depth",
+    doc=(__doc__ or "").strip(),
+    points={
+        "small": _sweep([1, 2, 4, 8], 48, 2, 192, [0]),
+        "medium": _sweep([1, 2, 4, 8, 16], 128, 4, 512, [0, 1]),
+        "large": _sweep([2, 4, 8, 16, 32], 512, 8, 2048, [0, 1]),
+    },
+    metric="ne",
+    axis="depth",
+    axis_label="layers",
+    data="a log with labels and a global time order (MovieLens-1M, a synthetic world)",
+    base=BASE,
+)
+
+if __name__ == "__main__":
+    from experiments.cli import main
+
+    main(["sweep", STUDY.name, *sys.argv[1:]])

@@ -1,0 +1,73 @@
+"""``genrec sweep`` and ``genrec report``: a study by name, from its declaration to its page."""
+
+import importlib
+import json
+import pkgutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import experiments
+from experiments.study import Budget, Study
+from genrec_jax.errors import UserError
+
+
+def studies() -> dict[str, Study]:
+    """Every declaration under experiments/: a module with a STUDY."""
+    found = {}
+    for module in pkgutil.iter_modules(experiments.__path__):
+        study = getattr(importlib.import_module(f"experiments.{module.name}"), "STUDY", None)
+        if isinstance(study, Study):
+            found[study.name] = study
+    return found
+
+
+def run_named(
+    name: str, data: Path, budget: Budget, *, workers: int, out: Path | None, dry_run: bool, quiet: bool
+) -> int:
+    """Runs a study and writes its table and report; returns the exit code (1 if a trial failed for good)."""
+    from experiments.dry_run import print_plan, with_cost
+    from experiments.launch import run_study
+    from experiments.truth import write_references
+    from genrec_jax.data.catalog import load_any
+    from genrec_jax.train.estimate import estimate
+
+    known = studies()
+    if name not in known:
+        raise UserError(f"unknown study {name!r}; there is: {', '.join(sorted(known))}")
+    study = known[name]
+    folder = load_any(data, quiet=quiet)
+    planned = study.trials(str(folder), budget)
+    if dry_run:
+        print_plan(planned, estimate, workers=workers)
+        return 0
+    target = out or Path("runs") / f"{name}-{data.resolve().name}-{budget}"
+    target.mkdir(parents=True, exist_ok=True)
+    write_references(planned, target)
+    summary = run_study(with_cost(planned, estimate), target, workers=workers, quiet=quiet)
+    heading = {"title": study.title, "summary": study.doc, "metric": study.metric}
+    (target / "study.json").write_text(json.dumps(heading, indent=1) + "\n", encoding="utf-8")
+    print(f"{summary.done} done, {summary.diverged} diverged, {len(summary.failed)} failed; table {summary.table}")
+    if summary.done:
+        write_report([target], target / "report.html")
+    return 1 if summary.failed else 0
+
+
+def write_report(runs: Sequence[Path], out: Path) -> None:
+    """Writes one page for study folders or tables; a single study lends the page its title and question."""
+    import scaling
+    from experiments.truth import read_references
+
+    title, summary, metric = "Scaling report", "", None
+    if len(runs) == 1 and (runs[0] / "study.json").is_file():
+        heading = json.loads((runs[0] / "study.json").read_text(encoding="utf-8"))
+        title, summary, metric = heading["title"], heading["summary"], heading["metric"]
+    scaling.report_command(
+        list(runs),
+        out,
+        title=title,
+        summary=summary,
+        references=read_references(runs),
+        y=metric,
+        assets_dir=out.with_suffix("") if out.name != "report.html" else out.parent / "figures",
+    )
+    print(f"report {out}")
