@@ -2,8 +2,8 @@
 
     python -m experiments.history --data DATA --budget small --workers 2
 
-HSTU and DLRM (and, from the medium budget on, DIN) of one size each, with the last N events of a user in view. All are evaluated on the same impressions,
-whatever N. On a synthetic world the page draws the Bayes NE of every N beside the models.
+HSTU and DLRM (and, from the medium budget on, DIN) of one size each, with the last N events of a user in view. All
+are evaluated on the same impressions, whatever N. On a synthetic world the page draws the Bayes NE of every N.
 
 Small: N from 8 to 128, 10 trials, about five minutes with two workers on two cores. Medium: 16 to 512, two seeds.
 Large: 64 to 4096.
@@ -13,7 +13,7 @@ Expect HSTU to use what it sees; DLRM's pooled history saturates early.
 
 import sys
 
-from experiments.ladders import BASE, rates
+from experiments.ladders import rates
 from experiments.study import Study
 from experiments.sweep import Sweep, model, param
 

@@ -1,10 +1,10 @@
-"""The frozen ladders of the comparison studies: five to nine rungs per family, each about 4.5 times the compute of the last.
+"""The frozen ladders of the comparison studies: nine rungs per family, each about 4.5 times the compute of the last.
 
-A rung is named s0, s1, ... and costs about 2e10 x 4.5^k training FLOPs on MovieLens-1M (2e10 ... 8e12 for s0 ... s4, the
-small budget; to 3e15 for s8). The rule of the learning rate is one for all families: 3e-3 at width 32 and below, falling
-with the square root of the width above (tables: twice that). Rungs below s3 of the families that pay for the whole
-history at every request (DirL, Transformer) see part of an epoch: at their compute, more targets would have to be paid
-for with less model. All train on rows of N = 64 events and K = 8 candidates.
+A rung is named s0, s1, ... and costs about 2e10 x 4.5^k training FLOPs on MovieLens-1M (2e10 ... 8e12 for s0 ... s4,
+the small budget; to 3e15 for s8). The rule of the learning rate is one for all families: 3e-3 at width 32 and below,
+falling with the square root of the width above (tables: twice that). The lower rungs of the families that pay for the
+whole history at every request (DirL, Transformer) see part of an epoch: at their compute, more targets would have to be
+paid for with less model. All train on rows of N = 64 events and K = 8 candidates.
 """
 
 import math

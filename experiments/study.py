@@ -53,10 +53,8 @@ class Study:
     data: str
     base: Mapping[str, Any] = field(default_factory=dict)
 
-    def trials(
-        self, data_path: str, budget: Budget = "small", overrides: Mapping[str, Any] | None = None
-    ) -> list[PlannedTrial]:
-        """The resolved trials of a budget on a dataset folder; ``overrides`` are a person's settings for all of them.
+    def trials(self, data_path: str, budget: Budget) -> list[PlannedTrial]:
+        """The resolved trials of a budget on a dataset folder.
 
         Raises UserError for an unknown budget or key, for a key set twice, and for two points of the same name.
         """
@@ -64,7 +62,7 @@ class Study:
             known = ", ".join(b for b in get_args(Budget) if b in self.points)
             raise UserError(f"study {self.name!r} has no budget {budget!r}; it has: {known}")
         shared = {**self.base, "data.path": data_path}
-        planned = [self._plan(point, shared, dict(overrides or {})) for point in self.points[budget]]
+        planned = [self._plan(point, shared) for point in self.points[budget]]
         seen: set[str] = set()
         for one in planned:
             if one.name in seen:
@@ -72,14 +70,11 @@ class Study:
             seen.add(one.name)
         return planned
 
-    def _plan(self, point: Point, shared: dict[str, Any], overrides: dict[str, Any]) -> PlannedTrial:
+    def _plan(self, point: Point, shared: dict[str, Any]) -> PlannedTrial:
         if point.model is None:
             raise UserError(f"point {point.label!r} of study {self.name!r} names no model")
-        # A base key may be changed by a person, a swept one may not: its points would collapse into one.
-        for key in [*(shared.keys() & point.values), *(overrides.keys() & point.values)]:
-            raise UserError(
-                f"configuration key {key!r} is swept by study {self.name!r} and cannot be set for all points"
-            )
-        trial = override(default_trial(point.model), {**shared, **point.values, **overrides})
+        for key in sorted(shared.keys() & point.values):
+            raise UserError(f"study {self.name!r} sets {key!r} for all its points and again for {point.label!r}")
+        trial = override(default_trial(point.model), {**shared, **point.values})
         family = point.family or point.model
         return PlannedTrial(trial, self.name, family, point.label, self.axis, point.axis_value)

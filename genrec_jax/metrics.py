@@ -138,8 +138,8 @@ def target_ranks(scores: jax.Array, targets: jax.Array, seen: jax.Array) -> jax.
 
 class RetrievalMetrics:
     """Gathers target ranks and reports ``hr@k`` (share of ranks up to k), ``ndcg@k`` (mean of 1 / log2(1 + rank), one
-    relevant item per row) for k of 10, 50, 200, ``mrr`` (mean of 1 / rank, without a cut-off) and ``impressions``. A rank
-    beyond k counts as zero at k, never as missing; without targets the metrics are absent."""
+    relevant item per row) for k of 10, 50, 200, ``mrr`` (mean of 1 / rank, without a cut-off) and ``impressions``. A
+    rank beyond k counts as zero at k, never as missing; without targets the metrics are absent."""
 
     def __init__(self) -> None:
         self._ranks: list[np.ndarray] = []

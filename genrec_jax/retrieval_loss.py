@@ -100,9 +100,7 @@ def _shared(
     return _cross_entropy(logits, _hits(ids), weights)
 
 
-def _in_chunks(
-    scaled: jax.Array, ids: jax.Array, weights: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _in_chunks(scaled: jax.Array, ids: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Pads positions (with weight 0) to a multiple of the chunk and splits them: [chunks, positions, ...]."""
     size = min(_CHUNK, max(1, scaled.shape[0]))
     short = -scaled.shape[0] % size

@@ -1,6 +1,9 @@
 """Importing a click log: seconds and peak resident memory, in a process of its own."""
 
+import json
 import resource
+import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -30,22 +33,25 @@ def stand_in(folder: Path) -> Path:
 
 def measure(log: Path, out: Path) -> dict[str, float]:
     """Imports in this process; peak resident memory counts everything the process ever held."""
-    from genrec_jax.data.importer import import_command
+    from genrec_jax.data.catalog import recognise
+    from genrec_jax.data.importer import import_log
 
+    raw = recognise(log)
+    assert raw is not None
     start = time.perf_counter()
-    import_command((log,), out, quiet=True)
+    import_log(raw.files, raw.mapping, out, name=raw.name, quiet=True)
     seconds = time.perf_counter() - start
     return {"seconds": seconds, "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
 
 def run(data: Path | None = None) -> dict[str, float]:
-    """Imports ``data`` (a Globo folder), or a stand-in of its size, in a fresh process; medians of three."""
-    import json
-    import statistics
-    import subprocess
-
+    """Imports ``data`` (a Globo folder), or a stand-in of its size, three times, each in a fresh process; medians."""
     with tempfile.TemporaryDirectory() as scratch:
         log = data or stand_in(Path(scratch))
-        code = f"from experiments.bench import importing; from pathlib import Path; import json; print(json.dumps(importing.measure(Path({str(log)!r}), Path({scratch!r}) / 'out')))"
-        found = [json.loads(subprocess.check_output([sys.executable, "-c", code]).splitlines()[-1]) for _ in range(3)]
+        command = [sys.executable, "-m", __name__, str(log), str(Path(scratch) / "out")]
+        found = [json.loads(subprocess.check_output(command).splitlines()[-1]) for _ in range(3)]
     return {key: statistics.median(f[key] for f in found) for key in found[0]}
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(Path(sys.argv[1]), Path(sys.argv[2]))))

@@ -63,18 +63,20 @@ class ActivationUnit(nnx.Module):
 
 @registry.register(DINConfig)
 class DIN(Ranker):
-    """u = sum_j a(e_j, v) e_j over the history;  logits = MLP([u, e_1 .. e_F, dense])  (section 4.3, equation 3).
+    """u = 1/N sum_j a(e_j, v) e_j over the history;  logits = MLP([u, e_1 .. e_F, dense])  (section 4.3, equation 3).
 
     v is the candidate's item and side features, e_j the same of an event plus a linear map of its labels (the paper's
     behaviours are clicks alone; here an event may be a refusal). The weights are not normalised by a softmax, so that
-    the strength of an interest survives. SiLU stands where the paper has Dice, whose batch statistics would make a
-    score depend on its neighbours; SiLU is Dice without them (alpha = 0). Fields and dense features as in DLRM; no
-    user-id field: the history is the user. One MLP with a logit per task (shared-bottom) serves all tasks.
+    the strength of an interest survives; N, the constant number of history slots, only lets u start at order one at
+    any length (without it the first logits of 256 events are near -10). SiLU stands where the paper has Dice, whose
+    batch statistics would make a score depend on its neighbours; SiLU is Dice without them (alpha = 0). Fields and
+    dense features as in DLRM; no user-id field: the history is the user. One MLP with a logit per task (shared-bottom)
+    serves all tasks.
     """
 
     def __init__(self, config: DINConfig, build: Build, *, rngs: nnx.Rngs):
         schema, dtype = build.schema, build.dtype
-        self.schema, self.dtype = schema, dtype
+        self.schema, self.dtype, self.divisor = schema, dtype, build.shape.history
         self.fields = Fields(schema, config.embedding, dtype=dtype, rngs=rngs)
         d = self.fields.item_width
         self.actions = Linear(len(schema.tasks), d, use_bias=False, dtype=dtype, rngs=rngs)
@@ -105,7 +107,7 @@ class DIN(Ranker):
         e = self.fields.history(batch) + self.actions(batch.history.labels.astype(self.dtype))
         own = batch.candidates.segment[..., None] == batch.history.segment[:, None]
         own &= (batch.history.segment > 0)[:, None]
-        a = jnp.where(own, self.unit(e, self.fields.candidate(batch)), 0)
+        a = jnp.where(own, self.unit(e, self.fields.candidate(batch)), 0) / self.divisor
         return jnp.einsum("bcn,bnd->bcd", a, e)
 
     def cost(self, shape: Shape) -> Cost:

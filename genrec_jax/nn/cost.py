@@ -11,9 +11,9 @@ import dataclasses
 class Cost:
     """Cost of one forward pass over one row of a batch.
 
-    flops: forward floating-point operations; dense_params and embedding_params: scalars held; embedding_reads: embedding
-    scalars read for the row (with dense_params these are the row's active parameters); activation_bytes: bytes kept
-    for the backward pass without rematerialisation.
+    flops: forward floating-point operations; dense_params and embedding_params: scalars held; embedding_reads:
+    embedding scalars read for the row (with dense_params these are the row's active parameters); activation_bytes:
+    bytes kept for the backward pass without rematerialisation.
     """
 
     flops: float = 0.0

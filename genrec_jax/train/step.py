@@ -16,7 +16,7 @@ from genrec_jax.models.registry import Model
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """params: the model's parameters (float32); opt: optimiser state; step: scalar int32; key: of dropout and sampling."""
+    """params: parameters (float32); opt: optimiser state; step: scalar int32; key: of dropout and sampling."""
 
     params: Any
     opt: Any
@@ -55,7 +55,7 @@ def make_step(model: Model, optimizer: optax.GradientTransformation) -> Step:
         (loss, targets), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
         updates, opt = optimizer.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, "targets": targets, "grad_norm": optax.global_norm(grads)}
+        metrics = {"loss": loss, "targets": targets, "grad_norm": optax.tree.norm(grads)}
         return State(params, opt, state.step + 1, state.key), metrics
 
     return jax.jit(step, donate_argnums=0)

@@ -90,9 +90,7 @@ def _checked_plan(
 ) -> Plan:
     """The plan of the call, made here if the caller passed bare tokens; ValueError if anything does not fit."""
     if q.ndim != 4 or q.shape != k.shape or v.ndim != 4 or v.shape[:3] != q.shape[:3]:
-        raise ValueError(
-            f"expected q and k [B, T, H, Dqk] and v [B, T, H, Dv], got {q.shape}, {k.shape}, {v.shape}"
-        )
+        raise ValueError(f"expected q and k [B, T, H, Dqk] and v [B, T, H, Dv], got {q.shape}, {k.shape}, {v.shape}")
     if position_bias is not None and (position_bias.ndim != 1 or position_bias.shape[0] % 2 == 0):
         raise ValueError(f"position_bias must have an odd length 2n - 1, got shape {position_bias.shape}")
     if time_bias is not None and (time_bias.ndim != 1 or time_bias.shape[0] == 0):

@@ -42,6 +42,12 @@ def _scores(
     return scores, visible(plan.tokens)[:, None], v
 
 
+def _mixed(weights: jax.Array, v: jax.Array, plan: Plan) -> jax.Array:
+    """weights · v as [B, T, H, Dv]; the select also keeps the cotangent of padding rows out of the backward pass."""
+    real = (plan.tokens.segment != 0)[:, :, None, None]
+    return jnp.where(real, jnp.einsum("bhij,bjhd->bihd", weights, v), 0)
+
+
 def hstu(
     q: jax.Array,
     k: jax.Array,
@@ -56,7 +62,7 @@ def hstu(
     """See `api.hstu_attention`."""
     scores, mask, v_clean = _scores(q, k, v, plan, alpha, position_bias, time_bias)
     weights = jnp.where(mask, jax.nn.silu(scores), 0) / divisor
-    return jnp.einsum("bhij,bjhd->bihd", weights, v_clean).astype(v.dtype)
+    return _mixed(weights, v_clean, plan).astype(v.dtype)
 
 
 def softmax(
@@ -73,4 +79,4 @@ def softmax(
     scores, mask, v_clean = _scores(q, k, v, plan, scale, position_bias, time_bias)
     weights = jax.nn.softmax(scores, axis=-1, where=mask)
     weights = jnp.where(mask, weights, 0)  # a row that sees nothing is 0/0 above
-    return jnp.einsum("bhij,bjhd->bihd", weights, v_clean).astype(v.dtype)
+    return _mixed(weights, v_clean, plan).astype(v.dtype)

@@ -109,7 +109,7 @@ def test_random_kills(tmp_path: Path, undisturbed: list[dict[str, str]]) -> None
     for turn in range(5):
         disturb(tmp_path, chance, worker_too=turn % 2 == 1)
         if turn % 2 == 0:  # after the other turns the next launcher meets what is left of this one
-            until(lambda: not workers(tmp_path), seconds=2.0)
+            until(lambda: not workers(tmp_path), seconds=5.0)
     assert_finishes(tmp_path, undisturbed)
 
 

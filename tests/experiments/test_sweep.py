@@ -62,7 +62,7 @@ def test_nothing_is_set_twice(make: Any, message: str) -> None:
 
 def test_study_resolves_its_trials() -> None:
     points = model("fake", family="wide") * param("model.width", [8, 16], axis=True) * param("seed", [0, 1])
-    planned = study(points, base={"train.batch_rows": 7}).trials("data/world", "small", {"model.steps": "9"})
+    planned = study(points, base={"train.batch_rows": 7, "model.steps": "9"}).trials("data/world", "small")
     assert [one.name for one in planned][:2] == ["wide width=8 seed=0", "wide width=8 seed=1"]
     trial = planned[3].trial
     assert isinstance(trial.model, FakeConfig)
@@ -78,19 +78,18 @@ def test_study_resolves_its_trials() -> None:
 
 
 @pytest.mark.parametrize(
-    ("points", "settings", "overrides", "message"),
+    ("points", "base", "message"),
     [
-        (model("fake") * param("model.depht", [1]), {}, {}, "unknown configuration key 'model.depht'"),
-        (model("fake"), {}, {"model.depht": 1}, "unknown configuration key 'model.depht'"),
-        (model("fake") * param("seed", [0]), {}, {"seed": 3}, "'seed' is swept"),
-        (model("fake") * param("seed", [0]), {"base": {"seed": 1}}, {}, "'seed' is swept"),
-        (param("seed", [0]), {}, {}, "names no model"),
-        (model("fake") + model("fake"), {}, {}, "two points of study 'depth' are called 'fake seed=0'"),
+        (model("fake") * param("model.depht", [1]), {}, "unknown configuration key 'model.depht'"),
+        (model("fake"), {"model.depht": 1}, "unknown configuration key 'model.depht'"),
+        (model("fake") * param("seed", [0]), {"seed": 1}, "sets 'seed' for all its points and again"),
+        (param("seed", [0]), {}, "names no model"),
+        (model("fake") + model("fake"), {}, "two points of study 'depth' are called 'fake seed=0'"),
     ],
 )
-def test_study_refuses(points: Sweep, settings: Any, overrides: Any, message: str) -> None:
+def test_study_refuses(points: Sweep, base: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        study(points, **settings).trials("data/world", "small", overrides)
+        study(points, base=base).trials("data/world", "small")
 
 
 def test_unknown_budget_is_refused() -> None:

@@ -26,7 +26,7 @@ SCHEMA = Schema(
         Feature("age", vocab=4, width=1, level="user"),
     ),
 )
-SIZES = {"width": 16, "depth": 2, "heads": 2, "dropout": 0.0}
+SIZES = {"width": 16, "depth": 2, "heads": 2, "dropout": 0.5}
 RANKERS: dict[str, ModelConfig] = {
     "hstu": HSTUConfig(**SIZES),
     "dirl": DirLConfig(**SIZES, experts=2, expert_width=8),
@@ -46,18 +46,13 @@ def initialised(config: ModelConfig, shape: Shape, schema: Schema = SCHEMA, dtyp
         return registry.build(config, Build(schema, shape, jnp.dtype(dtype)), rngs=nnx.Rngs(0))
 
     graph = nnx.graphdef(nnx.eval_shape(build))
-    return nnx.merge(graph, jit(lambda: nnx.state(build()))())
+    return nnx.merge(graph, _initial_state(config, shape, schema))
 
 
-def make(name: str, shape: Shape, dtype: str = "float32", **changes) -> Model:
-    """A ranker with every parameter moved off its initial zeros, so that no path is silent by accident."""
-    graph, state = nnx.split(initialised(dataclasses.replace(RANKERS[name], **changes), shape, dtype=dtype))
-    draw = np.random.default_rng(7)
-    moved = [
-        (path, p.replace(p[...] + 0.05 * draw.normal(size=p.shape).astype(np.float32)))
-        for path, p in nnx.to_flat_state(state)
-    ]
-    return nnx.merge(graph, nnx.from_flat_state(moved))
+@functools.cache
+def _initial_state(config: ModelConfig, shape: Shape, schema: Schema) -> nnx.State:
+    build = Build(schema, shape, jnp.dtype("float32"))
+    return jit(lambda: nnx.state(registry.build(config, build, rngs=nnx.Rngs(0))))()
 
 
 def random_batch(shape: Shape, lengths: list[list[int]], seed: int = 0, schema: Schema = SCHEMA) -> Batch:

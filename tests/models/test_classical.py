@@ -195,7 +195,7 @@ def test_din_equations():
         for e in events[r, : len(REQUESTS[r]["item"])]:
             v = targets[r, c]
             hidden = silu(np.concatenate([e, v, e - v, e * v]) @ first + np.float64(unit.event.bias[...]))
-            u[r, c] += mlp(unit.rest.layers, hidden, silu) * e
+            u[r, c] += mlp(unit.rest.layers, hidden, silu) * e / 12  # the divisor is the row's 12 slots
     x = np.concatenate([u, fields.reshape(*fields.shape[:2], -1), dense], -1)
     np.testing.assert_allclose(score("din", batch), mlp(model.deep.layers, x, silu), rtol=1e-4, atol=1e-4)
 
