@@ -44,6 +44,9 @@ class Shape(NamedTuple):
         return self.heads * self.head_width
 
 
+DEFAULT = Shape()
+
+
 class Batch(NamedTuple):
     """ids, targets int [B, T] and times int [B, T + 1] in seconds; every position is supervised."""
 
@@ -65,7 +68,10 @@ def init(shape: Shape, key: jax.Array) -> Params:
     """Parameters of the stack; every layer-wise array has the layers as its first axis."""
     keys = iter(jax.random.split(key, 6))
     d, count = shape.width, shape.layers
-    normal = lambda *size: 0.02 * jax.random.normal(next(keys), size)
+
+    def normal(*size: int) -> jax.Array:
+        return 0.02 * jax.random.normal(next(keys), size)
+
     return {
         "items": normal(shape.items + 1, d),
         "positions": normal(shape.padded, d),
@@ -213,7 +219,7 @@ class _Training:
         return loss
 
 
-def run(repeats: int, shape: Shape = Shape(), pieces: int = 8) -> dict[str, float]:
+def run(repeats: int, shape: Shape = DEFAULT, pieces: int = 8) -> dict[str, float]:
     """Median step times in ms, their ratio, and the fraction of this machine's own matrix-product peak.
 
     Args:

@@ -8,7 +8,16 @@ from genrec_jax.config import TrainConfig
 
 def is_table(path: tuple) -> bool:
     """Whether a parameter's tree path leads to an embedding table (an attribute named ``*_table``)."""
-    return any(str(getattr(key, "key", getattr(key, "name", ""))).endswith("_table") for key in path)
+    return any(_name(key).endswith("_table") for key in path)
+
+
+def _decays(path: tuple, value: jax.Array) -> bool:
+    """Matrices decay; biases (stacked ones have two axes) and norms' scales do not."""
+    return value.ndim > 1 and _name(path[-1]) not in {"bias", "scale"}
+
+
+def _name(key: object) -> str:
+    return str(getattr(key, "key", getattr(key, "name", "")))
 
 
 def schedule(peak: float, steps: int, warmup: float) -> optax.Schedule:
@@ -18,7 +27,7 @@ def schedule(peak: float, steps: int, warmup: float) -> optax.Schedule:
 
 
 def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformation:
-    """The optimiser of a trial of ``steps`` steps; weight decay is decoupled and spares vectors and scalars."""
+    """The optimiser of a trial of ``steps`` steps; weight decay is decoupled and spares biases and norms."""
 
     def adamw(rate: float, decay: float) -> optax.GradientTransformation:
         return optax.adamw(
@@ -26,7 +35,7 @@ def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformat
             b1=config.beta1,
             b2=config.beta2,
             weight_decay=decay,
-            mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
+            mask=lambda params: jax.tree_util.tree_map_with_path(_decays, params),
         )
 
     def label(params: optax.Params) -> optax.Params:

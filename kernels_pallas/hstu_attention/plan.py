@@ -6,6 +6,7 @@ parameters. A model calls `plan` once per batch and hands the result to each lay
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,7 @@ def row_blocks(length: int, block: int = BLOCK) -> list[slice]:
     """Slices that cover ``range(length)`` in blocks of near-equal size, none longer than ``block``."""
     count = -(-length // block)
     edges = [round(i * length / count) for i in range(count + 1)] if count else []
-    return [slice(start, stop) for start, stop in zip(edges[:-1], edges[1:])]
+    return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
 
 
 def plan(tokens: Tokens, *, positions: int = 0, buckets: int = 0) -> Plan:

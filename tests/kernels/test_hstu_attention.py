@@ -1,5 +1,6 @@
 """HSTU and softmax attention: every backend against loops, recorded vectors, and the properties they must keep."""
 
+import itertools
 import json
 import math
 import pathlib
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from kernels_pallas.hstu_attention import (
     BACKENDS,
     TIME_BUCKETS,
@@ -291,7 +293,7 @@ def test_thresholds_agree_with_the_formula():
     low = [max(-(2**31), -gap) for gap in gaps]
     high = [start + gap for start, gap in zip(low, gaps)]
     want = [bucket_formula(gap) for gap in gaps]
-    assert {b - a for a, b in zip(want, want[1:])} <= {0, 1}
+    assert {b - a for a, b in itertools.pairwise(want)} <= {0, 1}
     for ends in ((low, high), (high, low)):
         times = [jnp.asarray(np.array(x, np.int64).astype(np.int32)) for x in ends]
         np.testing.assert_array_equal(time_bucket(*times), want)
@@ -363,9 +365,11 @@ def test_transformations(operation, backend):
     got = jax.jit(jax.value_and_grad(lambda x: jnp.sum(jnp.sin(scanned(x)))))(q)
     for g, w in zip(got, want):
         assert_close(g, w, 3e-6)
-    single = lambda scale: attend(operation, scale * q, k, v, tokens, scale * position, seconds, backend=backend)
+
+    def loss(scale):
+        return jnp.sum(jnp.sin(attend(operation, scale * q, k, v, tokens, scale * position, seconds, backend)))
+
     scales = jnp.array([0.5, 2.0])
-    loss = lambda scale: jnp.sum(jnp.sin(single(scale)))
     mapped = jax.vmap(jax.value_and_grad(loss))(scales)
     for i in range(2):
         for g, w in zip(mapped, jax.value_and_grad(loss)(scales[i])):
@@ -401,7 +405,10 @@ def test_choice_of_backend(monkeypatch):
         raise NotImplementedError("needs a larger moon")
 
     monkeypatch.setitem(BACKENDS, "lunar", {"hstu": refuse, "softmax": refuse})
-    call = lambda which: hstu_attention(q, k, v, tokens, divisor=3.0, implementation=which)
+
+    def call(which):
+        return hstu_attention(q, k, v, tokens, divisor=3.0, implementation=which)
+
     np.testing.assert_array_equal(call(("lunar", "reference")), call("reference"))
     with pytest.raises(NotImplementedError, match="lunar: needs a larger moon"):
         call("lunar")
