@@ -164,9 +164,9 @@ def fit(
         x: Column of the compute axis.
         group: Column that tells the curves apart.
     """
-    import scaling
+    from experiments.fitting import fit_and_print
 
-    scaling.fit_command(list(tables), y=y, x=x, group=group, out=json)
+    fit_and_print(tables, y, x, group, json)
 
 
 def report(runs: Positional[tuple[Path, ...]], *, out: Path) -> None:
@@ -181,15 +181,16 @@ def report(runs: Positional[tuple[Path, ...]], *, out: Path) -> None:
     write_report(list(runs), out)
 
 
-def bench(name: Positional[str] = "all") -> None:
+def bench(name: Positional[str] = "all", *, data: Path | None = None) -> None:
     """Measure speed and memory on this machine (docs/benchmarks says how to read it).
 
     Args:
         name: Benchmark by name, or all.
+        data: Folder of Globo's clicks for the import benchmark (default: a random log of its size).
     """
     from experiments.bench import run
 
-    run(name)
+    run(name, data)
 
 
 _DATA: dict[str, Callable[..., Any]] = {"import": data_import, "synthetic": data_synthetic, "show": data_show}

@@ -60,7 +60,7 @@ def test_bad_configuration_is_refused_by_key(change: dict, named: str) -> None:
 
 
 def test_unknown_model_lists_the_known_ones() -> None:
-    with pytest.raises(UserError, match="unknown model 'nope'.*dlrm.*hstu"):
+    with pytest.raises(UserError, match=r"unknown model 'nope'.*dlrm.*hstu"):
         default_trial("nope")
 
 

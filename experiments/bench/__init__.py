@@ -1,0 +1,68 @@
+"""``genrec bench``: speed and memory of this machine, in ratios where a ratio says more than a time."""
+
+import os
+import platform
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+from genrec_jax.errors import UserError
+
+
+def _retrieval(data: Path | None) -> list[str]:
+    from experiments.bench.retrieval_step import run
+
+    found = run(7)
+    return [
+        f"training step {found['independent_ms']:.0f} ms (shared negatives {found['shared_ms']:.0f} ms, plain JAX "
+        f"{found['plain_ms']:.0f} ms, {found['plain_over_independent']:.2f}x); medians of 7, side by side",
+        f"achieved {found['achieved_gflops']:.1f} GFLOP/s of the machine's own matmul peak "
+        f"{found['peak_gflops']:.0f} GFLOP/s: {100 * found['fraction_of_peak']:.1f} %",
+    ]
+
+
+def _import(data: Path | None) -> list[str]:
+    from experiments.bench.importing import run
+
+    found = run(data)
+    what = "Globo" if data else "a random log of Globo's size"
+    return [f"2,988,181 clicks of {what}: {found['seconds']:.1f} s, peak {found['peak_gib']:.2f} GiB resident"]
+
+
+def _pipeline(data: Path | None) -> list[str]:
+    from experiments.bench.feeding import run
+
+    return [
+        f"{family}: {found['delivered']:,.0f} rows/s delivered, {found['consumed']:,.0f} consumed: "
+        f"{found['ratio']:.1f}x"
+        for family, found in run().items()
+    ]
+
+
+def _overhead(data: Path | None) -> list[str]:
+    from experiments.bench.overhead import run
+
+    found = run()
+    return [
+        f"12 trials, one worker, warm cache: {found['wall_seconds']:.1f} s for {found['train_seconds']:.1f} s of "
+        f"training: {100 * found['overhead']:.1f} % overhead"
+    ]
+
+
+_BENCHMARKS: dict[str, Callable[[Path | None], list[str]]] = {
+    "retrieval": _retrieval,
+    "import": _import,
+    "pipeline": _pipeline,
+    "overhead": _overhead,
+}
+
+
+def run(name: str, data: Path | None = None) -> None:
+    """Prints one benchmark, or all. ``data``: a Globo folder for ``import``. Raises UserError for an unknown name."""
+    if name != "all" and name not in _BENCHMARKS:
+        raise UserError(f"unknown benchmark {name!r}; there is: all, {', '.join(_BENCHMARKS)}")
+    versions = ", ".join(f"{package} {metadata.version(package)}" for package in ("jax", "flax", "numpy"))
+    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}")
+    for key in _BENCHMARKS if name == "all" else [name]:
+        for line in _BENCHMARKS[key](data):
+            print(f"{key:>10}  {line}", flush=True)
