@@ -11,12 +11,11 @@ from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
+from tyro.conf import Positional
+from tyro.conf import UseAppendAction as Many
 
 from genrec_jax.errors import UserError
 from scaling.table import TableError
-
-Many = tyro.conf.UseAppendAction
-Positional = tyro.conf.Positional
 
 
 def data_import(

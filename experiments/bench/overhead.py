@@ -34,7 +34,7 @@ def run() -> dict[str, float]:
         sequences = generate(preset("quick"), Path(scratch) / "world", floor_requests=0)
         for name, seeds in (("warm", [_TRIALS]), ("cold", list(range(_TRIALS)))):
             out = Path(scratch) / name
-            run_study(_study(seeds).trials(str(sequences.path)), out, workers=1, quiet=True)
+            run_study(_study(seeds).trials(str(sequences.path), "small"), out, workers=1, quiet=True)
         record = json.loads((out / "launch.json").read_text(encoding="utf-8"))
     wall, training = record["wall_seconds"], record["train_seconds"]
     return {"wall_seconds": wall, "train_seconds": training, "overhead": (wall - training) / training}

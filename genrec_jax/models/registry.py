@@ -1,5 +1,6 @@
 """Architectures by name."""
 
+import importlib
 from collections.abc import Callable
 
 from flax import nnx
@@ -42,4 +43,5 @@ def build(config: ModelConfig, build: Build, *, rngs: nnx.Rngs) -> Model:
 
 
 def _import_all() -> None:
-    from genrec_jax.models import dcn, din, dirl, dlrm, hstu, hstu_retrieval, transformer  # noqa: F401
+    for module in ("dcn", "din", "dirl", "dlrm", "hstu", "hstu_retrieval", "transformer"):
+        importlib.import_module(f"genrec_jax.models.{module}")

@@ -58,9 +58,7 @@ class MLP(nnx.Module):
         rngs: nnx.Rngs,
     ):
         sizes = [inputs, *widths]
-        self.layers = nnx.List(
-            [Linear(a, b, dtype=dtype, rngs=rngs) for a, b in itertools.pairwise(sizes)]
-        )
+        self.layers = nnx.List([Linear(a, b, dtype=dtype, rngs=rngs) for a, b in itertools.pairwise(sizes)])
         self.activation = activation
         self.activate_last = activate_last
         self.dropout = dropout

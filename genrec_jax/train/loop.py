@@ -15,6 +15,7 @@ from flax import nnx
 from genrec_jax.config import Trial
 from genrec_jax.data.pipeline import TrainStream, evaluation_batches, evaluation_fingerprint
 from genrec_jax.data.sequences import Sequences, load
+from genrec_jax.data.splits import Part
 from genrec_jax.models.registry import Model
 from genrec_jax.train.checkpoint import Checkpoints
 from genrec_jax.train.estimate import Account, account, build_model
@@ -72,7 +73,8 @@ def _evaluate(trial: Trial, sequences: Sequences, model: Model, state: State) ->
     """Test metrics under their own names, validation metrics under ``validation/``."""
     scorer = make_scorer(model)
     out: dict[str, Any] = {}
-    for part, prefix in (("test", ""), ("validation", "validation/")):
+    parts: tuple[tuple[Part, str], ...] = (("test", ""), ("validation", "validation/"))
+    for part, prefix in parts:
         batches = evaluation_batches(sequences, trial.data, trial.model.goal, part, trial.train.batch_rows)
         found = evaluate(model, scorer, state.params, batches, sequences.schema.tasks)
         out |= {f"{prefix}{name}": value for name, value in found.items()}

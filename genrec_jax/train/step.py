@@ -36,7 +36,8 @@ def init_state(model: Model, optimizer: optax.GradientTransformation, seed: int)
 
 def bind(model: Model, params: Any) -> Model:
     """The model with ``params`` in place of its own, without touching the original."""
-    graph, own, rest = nnx.split(model, nnx.Param, ...)
+    state: Any = nnx.split(model, nnx.Param, ...)
+    graph, own, rest = state
     nnx.replace_by_pure_dict(own, params)
     return nnx.merge(graph, own, rest)
 

@@ -73,9 +73,11 @@ def test_value_and_gradients(shared):
 @pytest.mark.usefixtures("way")
 def test_no_supervised_position_is_zero():
     outputs, items, targets, weights, negatives = make_case()
-    loss = lambda u: sampled_softmax(
-        u, jnp.asarray(items, jnp.float32), targets, jnp.asarray(0 * weights), negatives, temperature=TEMPERATURE
-    )
+    items, weights = jnp.asarray(items, jnp.float32), jnp.asarray(0 * weights)
+
+    def loss(u):
+        return sampled_softmax(u, items, targets, weights, negatives, temperature=TEMPERATURE)
+
     value, gradient = jax.value_and_grad(loss)(jnp.asarray(outputs, jnp.float32))
     assert value == 0
     assert not gradient.any()
