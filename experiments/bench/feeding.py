@@ -7,14 +7,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from flax import nnx
 
 from experiments.ladders import BASE, RUNGS
 from genrec_jax.config import default_trial, override
 from genrec_jax.data.pipeline import TrainStream
 from genrec_jax.data.sequences import Sequences
 from genrec_jax.data.synthetic import generate, preset
-from genrec_jax.train.estimate import build_model
+from genrec_jax.train.estimate import abstract_model, init_params
 from genrec_jax.train.optimizer import make_optimizer
 from genrec_jax.train.step import init_state, make_step
 
@@ -32,9 +31,9 @@ def _measure(family: str, rung: int, sequences: Sequences) -> dict[str, float]:
     trial = override(default_trial(family), {**BASE, **RUNGS[family][rung], "data.path": str(sequences.path)})
     rows = trial.train.batch_rows
     stream = TrainStream(sequences, trial.data, trial.model.rows, rows, seed=0)
-    model = build_model(trial, sequences, nnx.Rngs(0))
     optimizer = make_optimizer(trial.train, 1000)
-    state, step = init_state(model, optimizer, 0), make_step(model, optimizer)
+    state = init_state(init_params(trial, sequences), optimizer, 0)
+    step = make_step(abstract_model(trial, sequences), optimizer)
     batch = jax.tree.map(np.asarray, next(stream))
     state, _ = step(state, batch)
     jax.block_until_ready(state)

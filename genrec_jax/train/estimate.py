@@ -1,6 +1,7 @@
 """What a trial will cost, known before it runs."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,21 @@ class Account:
     memory_bytes: float
 
 
-def build_model(trial: Trial, sequences: Sequences, rngs: nnx.Rngs) -> Model:
+def abstract_model(trial: Trial, sequences: Sequences) -> Model:
+    """The trial's model with shapes in place of parameters: it states its cost, and runs once parameters are bound."""
+    return nnx.eval_shape(lambda: _build(trial, sequences, nnx.Rngs(0)))
+
+
+def init_params(trial: Trial, sequences: Sequences) -> Any:
+    """The trial's initial parameters, a pure tree. The seed is an argument of the compiled program, not part of it."""
+
+    def init(key: jax.Array) -> Any:
+        return nnx.to_pure_dict(nnx.state(_build(trial, sequences, nnx.Rngs(key)), nnx.Param))
+
+    return jax.jit(init)(jax.random.key(trial.seed))
+
+
+def _build(trial: Trial, sequences: Sequences, rngs: nnx.Rngs) -> Model:
     build = Build(sequences.schema, trial.data.shape, jnp.dtype(trial.train.precision))
     return registry.build(trial.model, build, rngs=rngs)
 
@@ -93,11 +108,6 @@ def estimate(trial: Trial) -> Estimate:
     """Counts a trial without allocating its parameters. Raises UserError for a missing dataset or impossible shape."""
     sequences = load(trial.data.path)
     stream = TrainStream(sequences, trial.data, trial.model.rows, trial.train.batch_rows, seed=trial.seed)
-    counts: list[Account] = []
-
-    def abstract() -> None:
-        counts.append(account(trial, build_model(trial, sequences, nnx.Rngs(0)), stream))
-
-    jax.eval_shape(abstract)
-    seconds = counts[0].train_flops / (_TYPICAL_UTILISATION * matmul_peak())
-    return Estimate(counts[0].train_flops, counts[0].memory_bytes, seconds, counts[0])
+    counts = account(trial, abstract_model(trial, sequences), stream)
+    seconds = counts.train_flops / (_TYPICAL_UTILISATION * matmul_peak())
+    return Estimate(counts.train_flops, counts.memory_bytes, seconds, counts)

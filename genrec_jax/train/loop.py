@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 from genrec_jax.config import Trial
 from genrec_jax.data.pipeline import TrainStream, evaluation_batches, evaluation_fingerprint
@@ -18,7 +17,7 @@ from genrec_jax.data.sequences import Sequences, load
 from genrec_jax.data.splits import Part
 from genrec_jax.models.registry import Model
 from genrec_jax.train.checkpoint import Checkpoints
-from genrec_jax.train.estimate import Account, account, build_model
+from genrec_jax.train.estimate import Account, abstract_model, account, init_params
 from genrec_jax.train.evaluate import evaluate, make_scorer
 from genrec_jax.train.hardware import matmul_peak
 from genrec_jax.train.optimizer import make_optimizer
@@ -40,13 +39,13 @@ def train(trial: Trial, run_dir: Path, *, on_progress: Progress | None = None) -
     started = time.perf_counter()
     run_dir.mkdir(parents=True, exist_ok=True)
     sequences = load(trial.data.path)
-    model = build_model(trial, sequences, nnx.Rngs(trial.seed))
+    model = abstract_model(trial, sequences)
     stream = TrainStream(sequences, trial.data, trial.model.rows, trial.train.batch_rows, seed=trial.seed)
     counts = account(trial, model, stream)
     write_json(run_dir / "config.json", trial.to_json())
     board = TensorBoard(run_dir / "tensorboard")
     board.hparams(_flat(trial.to_json()))
-    run = _Run(trial, run_dir, model, stream, counts, board, on_progress)
+    run = _Run(trial, run_dir, model, init_params(trial, sequences), stream, counts, board, on_progress)
     state, status = run.fit()
     result: dict[str, Any] = {"status": status, **dataclasses.asdict(counts)}
     if status == "done":
@@ -90,6 +89,7 @@ class _Run:
         trial: Trial,
         run_dir: Path,
         model: Model,
+        params: Any,
         stream: TrainStream,
         counts: Account,
         board: TensorBoard,
@@ -107,7 +107,7 @@ class _Run:
         self._started = time.perf_counter()
         self._first_loss: float | None = None
         optimizer = make_optimizer(trial.train, counts.steps)
-        self._state = init_state(model, optimizer, trial.seed)
+        self._state = init_state(params, optimizer, trial.seed)
         self._step = make_step(model, optimizer)
 
     def fit(self) -> tuple[State, str]:

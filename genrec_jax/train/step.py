@@ -27,15 +27,13 @@ class State:
 Step = Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]
 
 
-def init_state(model: Model, optimizer: optax.GradientTransformation, seed: int) -> State:
-    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    # A copy: the state is donated, and the model object must keep its own arrays.
-    params = jax.tree.map(jnp.array, params)
-    return State(params, optimizer.init(params), jnp.zeros((), jnp.int32), jax.random.key_data(jax.random.key(seed)))
+def init_state(params: Any, optimizer: optax.GradientTransformation, seed: int) -> State:
+    opt = jax.jit(optimizer.init)(params)
+    return State(params, opt, jnp.zeros((), jnp.int32), jax.random.key_data(jax.random.key(seed)))
 
 
 def bind(model: Model, params: Any) -> Model:
-    """The model with ``params`` in place of its own, without touching the original."""
+    """The model (abstract or not) with ``params`` in place of its own, without touching the original."""
     state: Any = nnx.split(model, nnx.Param, ...)
     graph, own, rest = state
     nnx.replace_by_pure_dict(own, params)

@@ -1,0 +1,88 @@
+"""The sequence blocks against their equations, written token by token in numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from genrec_jax.nn.hstu import HSTUBlock
+from genrec_jax.nn.transformer_block import TransformerBlock
+from kernels_pallas.hstu_attention import TIME_BUCKETS, Tokens, plan, time_bucket, visible
+
+LONGEST, WIDTH, HEADS = 9, 8, 2
+FLOAT = jnp.dtype("float32")
+
+
+def row():
+    """Two packed segments and padding; in the first, the last two tokens are candidates."""
+    segment = np.array([[1, 1, 1, 1, 1, 2, 2, 0]], np.int32)
+    order = np.array([[0, 1, 2, 3, 3, 0, 1, 0]], np.int32)
+    time = np.array([[5, 9, 4000, 90_000, 90_000, 3, 77, 0]], np.int32)
+    return Tokens(segment, order, time + 50, time)
+
+
+def moved(block):
+    """The block with every parameter moved off its initial value, and its parameters as numpy arrays by path."""
+    draw = np.random.default_rng(0)
+    flat = nnx.to_flat_state(nnx.state(block))
+    flat = [(path, p.replace(p[...] + jnp.asarray(0.3 * draw.normal(size=p.shape), jnp.float32))) for path, p in flat]
+    nnx.update(block, nnx.from_flat_state(flat))
+    return {path: np.asarray(p[...], np.float64) for path, p in flat}
+
+
+def normalised(x, scale=1.0, bias=0.0):
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6) * scale + bias
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def rab(p, tokens):
+    """[T, T]: w_pos[order_k - order_q + n - 1] + w_time[bucket]."""
+    order = tokens.order[0]
+    bucket = np.asarray(time_bucket(tokens.query_time[0][:, None], tokens.key_time[0][None]))
+    return p["bias", "position"][order[None] - order[:, None] + LONGEST - 1] + p["bias", "time"][bucket]
+
+
+def heads(x):
+    return x.reshape(len(x), HEADS, -1).transpose(1, 0, 2)
+
+
+@pytest.fixture
+def x():
+    return np.random.default_rng(1).normal(size=(1, 8, WIDTH)).astype(np.float32)
+
+
+def run(block, x):
+    pairs = plan(row(), positions=LONGEST, buckets=TIME_BUCKETS)
+    return np.asarray(jax.jit(lambda x: block(x, pairs))(x))[0, :7]
+
+
+def test_hstu_block_is_its_equations(x):
+    block = HSTUBlock(WIDTH, HEADS, qk_width=3, v_width=5, longest=LONGEST, dropout=0.5, dtype=FLOAT, rngs=nnx.Rngs(0))
+    p = moved(block)
+    mixed = silu(normalised(x[0]) @ p["project", "kernel"])
+    u, v, q, k = np.split(mixed, [10, 20, 26], axis=-1)
+    scores = heads(q) @ heads(k).transpose(0, 2, 1) + rab(p, row())
+    weights = np.where(np.asarray(visible(row()))[0], silu(scores), 0) / LONGEST
+    attended = (weights @ heads(v)).transpose(1, 0, 2).reshape(8, 10)
+    expected = x[0] + (normalised(attended) * u) @ p["out", "kernel"] + p["out", "bias"]
+    np.testing.assert_allclose(run(block, x), expected[:7], rtol=0, atol=2e-4)
+
+
+def test_transformer_block_is_its_equations(x):
+    block = TransformerBlock(WIDTH, HEADS, longest=LONGEST, dropout=0.5, dtype=FLOAT, rngs=nnx.Rngs(0))
+    p = moved(block)
+    mixed = normalised(x[0], p["norm", "scale"], p["norm", "bias"]) @ p["project", "kernel"] + p["project", "bias"]
+    q, k, v = np.split(mixed, 3, axis=-1)
+    scores = heads(q) @ heads(k).transpose(0, 2, 1) / 2.0 + rab(p, row())
+    weights = np.where(np.asarray(visible(row()))[0], np.exp(scores), 0)[:, :7]
+    weights /= weights.sum(-1, keepdims=True)
+    attended = (weights @ heads(v)).transpose(1, 0, 2).reshape(7, WIDTH)
+    y = x[0, :7] + attended @ p["out", "kernel"] + p["out", "bias"]
+    inner = normalised(y, p["norm_ffn", "scale"], p["norm_ffn", "bias"]) @ p["ffn", "layers", 0, "kernel"]
+    inner = np.asarray(jax.nn.gelu(jnp.asarray(inner + p["ffn", "layers", 0, "bias"])))
+    expected = y + inner @ p["ffn", "layers", 1, "kernel"] + p["ffn", "layers", 1, "bias"]
+    np.testing.assert_allclose(run(block, x), expected, rtol=0, atol=2e-5)
