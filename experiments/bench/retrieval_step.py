@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from genrec_jax.retrieval_loss import Negatives, draw_negatives, l2_normalise, sampled_softmax
+from kernels_pallas.dense import dense
 from kernels_pallas.hstu_attention import TIME_BUCKETS, Plan, Tokens, hstu_attention, plan, time_bucket
 
 Params = dict[str, Any]
@@ -116,18 +117,20 @@ def _plain_drop(key: jax.Array, x: jax.Array, rate: float) -> jax.Array:
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def encode(shape: Shape, params: Params, ids: jax.Array, key: jax.Array, attend: Attend, drop: Any) -> jax.Array:
+def encode(
+    shape: Shape, params: Params, ids: jax.Array, key: jax.Array, attend: Attend, drop: Any, product: Any
+) -> jax.Array:
     """The HSTU stack: normalised outputs [B, T, D]."""
     keys = jax.random.split(key, shape.layers + 1)
     x = params["items"][ids] * shape.width**0.5 + params["positions"][: shape.length]
     x = drop(keys[-1], x, shape.dropout)
     for layer in range(shape.layers):
-        mixed = jax.nn.silu(_layer_norm(x) @ params["project"][layer])
+        mixed = jax.nn.silu(product(_layer_norm(x), params["project"][layer]))
         u, v, q, k = jnp.split(mixed, 4, axis=-1)
         v, q, k = (a.reshape(*ids.shape, shape.heads, shape.head_width) for a in (v, q, k))
         attended = attend(q, k, v, params["position_bias"][layer], params["time_bias"][layer])
         gated = drop(keys[layer], u * _layer_norm(attended.reshape(u.shape)), shape.dropout)
-        x = x + gated @ params["out"][layer] + params["out_bias"][layer]
+        x = x + product(gated, params["out"][layer]) + params["out_bias"][layer]
     return l2_normalise(x)
 
 
@@ -139,7 +142,7 @@ def fast_loss(shape: Shape, kind: Negatives, params: Params, batch: Batch, key: 
         return hstu_attention(q, k, v, pairs, divisor=shape.padded, position_bias=position, time_bias=seconds)
 
     drop_key, negative_key = jax.random.split(key)
-    outputs = encode(shape, params, batch.ids, drop_key, attend, _fast_drop)
+    outputs = encode(shape, params, batch.ids, drop_key, attend, _fast_drop, dense)
     negatives = draw_negatives(negative_key, batch.targets, shape.negatives, shape.items, kind)
     items = l2_normalise(params["items"])
     ones = jnp.ones(batch.ids.shape)
@@ -158,7 +161,7 @@ def plain_loss(shape: Shape, params: Params, batch: Batch, key: jax.Array) -> ja
         return jnp.einsum("bhij,bjhd->bihd", jax.nn.silu(scores) * causal / shape.padded, v)
 
     drop_key, negative_key = jax.random.split(key)
-    outputs = encode(shape, params, batch.ids, drop_key, attend, _plain_drop)
+    outputs = encode(shape, params, batch.ids, drop_key, attend, _plain_drop, jnp.matmul)
     size = (*batch.ids.shape, shape.negatives)
     negatives = jax.random.randint(negative_key, size, 1, shape.items + 1)
     items = l2_normalise(params["items"])
