@@ -46,7 +46,7 @@ class TrainConfig:
     batch_rows: rows per step. epochs: passes over the training rows (ignored if ``steps`` is set). steps: optimiser
     steps. warmup: share of the steps. embedding_learning_rate and embedding_weight_decay: the rule for tables.
     clip: largest global gradient norm. precision: compute type; parameters and optimiser state stay float32.
-    log_every, checkpoint_every: in steps.
+    pieces: parts of a batch that are worked on one after another. log_every, checkpoint_every: in steps.
     """
 
     batch_rows: int = 32
@@ -61,6 +61,7 @@ class TrainConfig:
     beta2: float = 0.98
     clip: float = 1.0
     precision: Literal["float32", "bfloat16"] = "float32"
+    pieces: int = 1
     log_every: int = 50
     checkpoint_every: int = 500
 
@@ -171,6 +172,7 @@ def check(trial: Trial) -> None:
         "train.learning_rate": train.learning_rate,
         "train.embedding_learning_rate": train.embedding_learning_rate,
         "train.clip": train.clip,
+        "train.pieces": train.pieces,
         "train.log_every": train.log_every,
         "train.checkpoint_every": train.checkpoint_every,
     }
@@ -178,6 +180,11 @@ def check(trial: Trial) -> None:
     for key, value in positive.items():
         if not value > 0:
             raise UserError(f"configuration key {key!r} must be positive, not {value}")
+    if train.batch_rows % train.pieces:
+        raise UserError(
+            f"configuration key 'train.batch_rows' ({train.batch_rows}) must be a multiple of 'train.pieces' "
+            f"({train.pieces})"
+        )
     shares = {"data.fraction": data.fraction, "data.validation": data.validation, "data.test": data.test}
     for key, value in shares.items():
         if not 0 < value <= 1:

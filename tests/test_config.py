@@ -43,6 +43,7 @@ BAD = [
     ({"train.warmup": 1}, "train.warmup"),
     ({"train.precision": "float8"}, "train.precision"),
     ({"train.batch_rows": 0}, "train.batch_rows"),
+    ({"train.batch_rows": 10, "train.pieces": 4}, "train.pieces"),
     ({"seed": -1}, "seed"),
     ({"model.width": 0}, "model.width"),
     ({"model.width": 30, "model.heads": 4}, "model.heads"),

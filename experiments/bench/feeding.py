@@ -32,8 +32,8 @@ def _measure(family: str, rung: int, sequences: Sequences) -> dict[str, float]:
     rows = trial.train.batch_rows
     stream = TrainStream(sequences, trial.data, trial.model.rows, rows, seed=0)
     optimizer = make_optimizer(trial.train, 1000)
-    state = init_state(init_params(trial, sequences), optimizer, 0)
-    step = make_step(abstract_model(trial, sequences), optimizer)
+    state = init_state(init_params(trial, sequences.schema), optimizer, 0)
+    step = make_step(abstract_model(trial, sequences.schema), optimizer)
     batch = jax.tree.map(np.asarray, next(stream))
     state, _ = step(state, batch)
     jax.block_until_ready(state)

@@ -10,7 +10,8 @@ from flax import nnx
 from genrec_jax.batch import Shape
 from genrec_jax.config import Trial
 from genrec_jax.data.pipeline import TrainStream
-from genrec_jax.data.sequences import Sequences, load
+from genrec_jax.data.schema import Schema
+from genrec_jax.data.sequences import load
 from genrec_jax.models import registry
 from genrec_jax.models.base import Build
 from genrec_jax.models.registry import Model
@@ -44,22 +45,22 @@ class Account:
     memory_bytes: float
 
 
-def abstract_model(trial: Trial, sequences: Sequences) -> Model:
+def abstract_model(trial: Trial, schema: Schema) -> Model:
     """The trial's model with shapes in place of parameters: it states its cost, and runs once parameters are bound."""
-    return nnx.eval_shape(lambda: _build(trial, sequences, nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: _build(trial, schema, nnx.Rngs(0)))
 
 
-def init_params(trial: Trial, sequences: Sequences) -> Any:
+def init_params(trial: Trial, schema: Schema) -> Any:
     """The trial's initial parameters, a pure tree. The seed is an argument of the compiled program, not part of it."""
 
     def init(key: jax.Array) -> Any:
-        return nnx.to_pure_dict(nnx.state(_build(trial, sequences, nnx.Rngs(key)), nnx.Param))
+        return nnx.to_pure_dict(nnx.state(_build(trial, schema, nnx.Rngs(key)), nnx.Param))
 
     return jax.jit(init)(jax.random.key(trial.seed))
 
 
-def _build(trial: Trial, sequences: Sequences, rngs: nnx.Rngs) -> Model:
-    build = Build(sequences.schema, trial.data.shape, jnp.dtype(trial.train.precision))
+def _build(trial: Trial, schema: Schema, rngs: nnx.Rngs) -> Model:
+    build = Build(schema, trial.data.shape, jnp.dtype(trial.train.precision))
     return registry.build(trial.model, build, rngs=rngs)
 
 
@@ -108,6 +109,6 @@ def estimate(trial: Trial) -> Estimate:
     """Counts a trial without allocating its parameters. Raises UserError for a missing dataset or impossible shape."""
     sequences = load(trial.data.path)
     stream = TrainStream(sequences, trial.data, trial.model.rows, trial.train.batch_rows, seed=trial.seed)
-    counts = account(trial, abstract_model(trial, sequences), stream)
+    counts = account(trial, abstract_model(trial, sequences.schema), stream)
     seconds = counts.train_flops / (_TYPICAL_UTILISATION * matmul_peak())
     return Estimate(counts.train_flops, counts.memory_bytes, seconds, counts)

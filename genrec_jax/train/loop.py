@@ -39,13 +39,13 @@ def train(trial: Trial, run_dir: Path, *, on_progress: Progress | None = None) -
     started = time.perf_counter()
     run_dir.mkdir(parents=True, exist_ok=True)
     sequences = load(trial.data.path)
-    model = abstract_model(trial, sequences)
+    model = abstract_model(trial, sequences.schema)
     stream = TrainStream(sequences, trial.data, trial.model.rows, trial.train.batch_rows, seed=trial.seed)
     counts = account(trial, model, stream)
     write_json(run_dir / "config.json", trial.to_json())
     board = TensorBoard(run_dir / "tensorboard")
     board.hparams(_flat(trial.to_json()))
-    run = _Run(trial, run_dir, model, init_params(trial, sequences), stream, counts, board, on_progress)
+    run = _Run(trial, run_dir, model, init_params(trial, sequences.schema), stream, counts, board, on_progress)
     state, status = run.fit()
     result: dict[str, Any] = {"status": status, **dataclasses.asdict(counts)}
     if status == "done":
@@ -108,7 +108,7 @@ class _Run:
         self._first_loss: float | None = None
         optimizer = make_optimizer(trial.train, counts.steps)
         self._state = init_state(params, optimizer, trial.seed)
-        self._step = make_step(model, optimizer)
+        self._step = make_step(model, optimizer, trial.train.pieces)
 
     def fit(self) -> tuple[State, str]:
         """Runs to the last step; returns the final state and "done" or "diverged"."""

@@ -40,21 +40,36 @@ def bind(model: Model, params: Any) -> Model:
     return nnx.merge(graph, own, rest)
 
 
-def make_step(model: Model, optimizer: optax.GradientTransformation) -> Step:
-    """(state, batch) -> (next state, {loss: mean per target, targets, grad_norm}); the given state is consumed."""
+def make_step(model: Model, optimizer: optax.GradientTransformation, pieces: int = 1) -> Step:
+    """(state, batch) -> (next state, {loss: mean per target, targets, grad_norm}); the given state is consumed.
+
+    ``pieces`` > 1 sums the gradient over that many equal parts of the batch, one after another: less memory, and on a
+    CPU more speed, because a part's activations stay in the caches. The mean is over the targets of the whole batch.
+    """
 
     def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
-        def mean_loss(params: Any) -> tuple[jax.Array, jax.Array]:
-            # Made here, not outside: its counter may only change at the trace level that made it.
-            total, targets = bind(model, params).loss(batch, nnx.Rngs(key))
-            return total / jnp.maximum(targets, 1), targets
+        def total_loss(params: Any, part: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+            # Rngs are made here, not outside: their counters may only change at the trace level that made them.
+            return bind(model, params).loss(part, nnx.Rngs(key))
 
-        (loss, targets), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+        def add(summed: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+            return jax.tree.map(
+                jnp.add, summed, jax.value_and_grad(total_loss, has_aux=True)(state.params, *part)
+            ), None
+
+        if pieces == 1:
+            (total, targets), grads = jax.value_and_grad(total_loss, has_aux=True)(state.params, batch, key)
+        else:
+            parts = jax.tree.map(lambda x: x.reshape(pieces, x.shape[0] // pieces, *x.shape[1:]), batch)
+            zero = ((jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, state.params))
+            ((total, targets), grads), _ = jax.lax.scan(add, zero, (parts, jax.random.split(key, pieces)))
+        share = 1.0 / jnp.maximum(targets, 1)
+        grads = jax.tree.map(lambda g: g * share, grads)
         updates, opt = optimizer.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, "targets": targets, "grad_norm": optax.tree.norm(grads)}
+        metrics = {"loss": total * share, "targets": targets, "grad_norm": optax.tree.norm(grads)}
         return State(params, opt, state.step + 1, state.key), metrics
 
     return jax.jit(step, donate_argnums=0)

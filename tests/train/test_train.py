@@ -77,7 +77,7 @@ def test_gradients_are_clipped_before_the_moments() -> None:
 
 def test_step_learns(sequences: Sequences) -> None:
     trial = trial_of(sequences, **{"train.learning_rate": 1e-2, "train.embedding_learning_rate": 1e-2})
-    model, params = abstract_model(trial, sequences), init_params(trial, sequences)
+    model, params = abstract_model(trial, sequences.schema), init_params(trial, sequences.schema)
     optimizer = make_optimizer(trial.train, 50)
     state = init_state(params, optimizer, 0)
     step = make_step(model, optimizer)
@@ -88,6 +88,23 @@ def test_step_learns(sequences: Sequences) -> None:
         losses.append(float(found["loss"]))
     assert losses[-1] < 0.8 * losses[0]
     assert int(state.step) == 50
+
+
+def test_pieces_of_a_batch_add_up_to_the_whole(sequences: Sequences) -> None:
+    """Rows of unequal numbers of targets: the mean is over the batch's targets, not over the pieces' means."""
+    trial = trial_of(sequences, "hstu", **{"model.heads": 2, "model.dropout": 0.0})
+    optimizer = make_optimizer(trial.train, 10)
+    batch = next(iter(loop.TrainStream(sequences, trial.data, "windows", 8, seed=0)))
+    found = []
+    for pieces in (1, 4):
+        state = init_state(init_params(trial, sequences.schema), optimizer, 0)
+        step = make_step(abstract_model(trial, sequences.schema), optimizer, pieces)
+        for _ in range(3):
+            state, metrics_ = step(state, batch)
+        found.append((state.params, {k: float(v) for k, v in metrics_.items()}))
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-5)
+    for one, other in zip(jax.tree.leaves(found[0][0]), jax.tree.leaves(found[1][0]), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
 class Stopped(Exception):
@@ -118,7 +135,7 @@ def test_resumed_equals_uninterrupted(sequences: Sequences, tmp_path: Path, mode
         return [(r["step"], r["loss"]) for r in map(json.loads, text.splitlines())]
 
     assert lines("cut") == lines("whole")
-    like = init_state(init_params(trial, sequences), make_optimizer(trial.train, 12), 0)
+    like = init_state(init_params(trial, sequences.schema), make_optimizer(trial.train, 12), 0)
     ends = []
     for name in ("cut", "whole"):
         kept = Checkpoints(tmp_path / name / "checkpoints")
@@ -158,9 +175,9 @@ def test_a_diverging_trial_stops_early_and_says_so(sequences: Sequences, tmp_pat
 
 def test_bfloat16_trains_with_float32_state(sequences: Sequences) -> None:
     trial = trial_of(sequences, "hstu", **{"train.precision": "bfloat16", "model.heads": 2})
-    model = abstract_model(trial, sequences)
+    model = abstract_model(trial, sequences.schema)
     optimizer = make_optimizer(trial.train, 10)
-    state = init_state(init_params(trial, sequences), optimizer, 0)
+    state = init_state(init_params(trial, sequences.schema), optimizer, 0)
     batch = next(iter(loop.TrainStream(sequences, trial.data, "windows", 8, seed=0)))
     state, found = make_step(model, optimizer)(state, batch)
     assert math.isfinite(float(found["loss"]))
@@ -169,8 +186,8 @@ def test_bfloat16_trains_with_float32_state(sequences: Sequences) -> None:
 
 def test_evaluation_equals_metrics_of_all_logits_at_once(sequences: Sequences) -> None:
     trial = trial_of(sequences)
-    model = abstract_model(trial, sequences)
-    state = init_state(init_params(trial, sequences), make_optimizer(trial.train, 10), 0)
+    model = abstract_model(trial, sequences.schema)
+    state = init_state(init_params(trial, sequences.schema), make_optimizer(trial.train, 10), 0)
     tasks = sequences.schema.tasks
 
     def batches(rows: int) -> list:
@@ -188,7 +205,7 @@ def test_evaluation_equals_metrics_of_all_logits_at_once(sequences: Sequences) -
 
 
 def test_seeds_differ_and_repeat(sequences: Sequences) -> None:
-    trees = [jax.tree.leaves(init_params(trial_of(sequences, seed=seed), sequences)) for seed in (0, 0, 1)]
+    trees = [jax.tree.leaves(init_params(trial_of(sequences, seed=seed), sequences.schema)) for seed in (0, 0, 1)]
     kernels = [[np.asarray(x) for x in tree if x.ndim > 1] for tree in trees]
     assert all(np.array_equal(a, b) for a, b in zip(kernels[0], kernels[1], strict=True))
     assert not any(np.array_equal(a, b) for a, b in zip(kernels[0], kernels[2], strict=True))
