@@ -71,6 +71,7 @@ class HSTURetrieval(Retriever):
                     qk_width=config.qk_width or width // config.heads,
                     v_width=config.v_width or width // config.heads,
                     longest=longest,
+                    init_std=0.02,
                     dropout=config.dropout,
                     dtype=build.dtype,
                     rngs=rngs,

@@ -48,6 +48,7 @@ def ranking_stack(config: SequenceConfig, mixer: Mixer, longest: int, dtype: jnp
             qk_width=head,
             v_width=head,
             longest=longest,
+            init_std=config.width**-0.5,
             dropout=config.dropout,
             dtype=dtype,
             rngs=rngs,

@@ -61,7 +61,9 @@ def run(block, x):
 
 
 def test_hstu_block_is_its_equations(x):
-    block = HSTUBlock(WIDTH, HEADS, qk_width=3, v_width=5, longest=LONGEST, dropout=0.5, dtype=FLOAT, rngs=nnx.Rngs(0))
+    block = HSTUBlock(
+        WIDTH, HEADS, qk_width=3, v_width=5, longest=LONGEST, init_std=0.1, dropout=0.5, dtype=FLOAT, rngs=nnx.Rngs(0)
+    )
     p = moved(block)
     mixed = silu(normalised(x[0]) @ p["project", "kernel"])
     u, v, q, k = np.split(mixed, [10, 20, 26], axis=-1)
