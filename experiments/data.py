@@ -13,16 +13,16 @@ Expect a power law in the number of training targets, steeper for HSTU.
 
 import sys
 
-from experiments.ladders import BASE, rates
+from experiments.ladders import BASE, heads, rates
 from experiments.study import Study
 from experiments.sweep import Sweep, model, param
 
 _SHARES = [0.0625, 0.125, 0.25, 0.5, 1.0]
 
 
-def _sweep(hstu: tuple[int, int, int], dlrm: tuple[int, int], seeds: list[int]) -> Sweep:
-    width, depth, heads = hstu
-    sizes = {"model.width": width, "model.depth": depth, "model.heads": heads}
+def _sweep(hstu: tuple[int, int], dlrm: tuple[int, int], seeds: list[int]) -> Sweep:
+    width, depth = hstu
+    sizes = {"model.width": width, "model.depth": depth, "model.heads": heads(width)}
     blocks = model("hstu", **{**sizes, "train.batch_rows": 16, **rates(width)})
     sizes = {"model.width": dlrm[0], "model.depth": dlrm[1], "model.embedding": 24}
     layers = model("dlrm", **{**sizes, "train.batch_rows": 32, **rates(dlrm[0])})
@@ -34,9 +34,9 @@ STUDY = Study(
     title="Data",
     doc=(__doc__ or "").strip(),
     points={
-        "small": _sweep((48, 2, 2), (192, 2), [0]),
-        "medium": _sweep((128, 4, 4), (512, 3), [0, 1]),
-        "large": _sweep((512, 10, 8), (2048, 4), [0, 1]),
+        "small": _sweep((48, 2), (192, 2), [0]),
+        "medium": _sweep((128, 4), (512, 3), [0, 1]),
+        "large": _sweep((512, 10), (2048, 4), [0, 1]),
     },
     metric="ne",
     axis="data",

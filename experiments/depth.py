@@ -12,13 +12,14 @@ Expect HSTU to gain from the first few blocks and DLRM to gain nothing after two
 
 import sys
 
-from experiments.ladders import BASE, rates
+from experiments.ladders import BASE, heads, rates
 from experiments.study import Study
 from experiments.sweep import Sweep, model, param
 
 
-def _sweep(depths: list[int], hstu: int, heads: int, dlrm: int, seeds: list[int]) -> Sweep:
-    blocks = model("hstu", **{"model.width": hstu, "model.heads": heads, "train.batch_rows": 16, **rates(hstu)})
+def _sweep(depths: list[int], hstu: int, dlrm: int, seeds: list[int]) -> Sweep:
+    sizes = {"model.width": hstu, "model.heads": heads(hstu)}
+    blocks = model("hstu", **{**sizes, "train.batch_rows": 16, **rates(hstu)})
     layers = model("dlrm", **{"model.width": dlrm, "model.embedding": 24, "train.batch_rows": 32, **rates(dlrm)})
     return (blocks + layers) * param("model.depth", depths, axis=True) * param("seed", seeds)
 
@@ -28,9 +29,9 @@ STUDY = Study(
     title="Depth",
     doc=(__doc__ or "").strip(),
     points={
-        "small": _sweep([1, 2, 4, 8], 48, 2, 192, [0]),
-        "medium": _sweep([1, 2, 4, 8, 16], 128, 4, 512, [0, 1]),
-        "large": _sweep([2, 4, 8, 16, 32], 512, 8, 2048, [0, 1]),
+        "small": _sweep([1, 2, 4, 8], 48, 192, [0]),
+        "medium": _sweep([1, 2, 4, 8, 16], 128, 512, [0, 1]),
+        "large": _sweep([2, 4, 8, 16, 32], 512, 2048, [0, 1]),
     },
     metric="ne",
     axis="depth",

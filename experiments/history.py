@@ -13,16 +13,16 @@ Expect HSTU to use what it sees; DLRM's pooled history saturates early.
 
 import sys
 
-from experiments.ladders import rates
+from experiments.ladders import heads, rates
 from experiments.study import Study
 from experiments.sweep import Sweep, model, param
 
 
 def _sweep(
-    lengths: list[int], hstu: tuple[int, int, int], dlrm: tuple[int, int], pooling: list[str], seeds: list[int]
+    lengths: list[int], hstu: tuple[int, int], dlrm: tuple[int, int], pooling: list[str], seeds: list[int]
 ) -> Sweep:
-    width, depth, heads = hstu
-    sizes = {"model.width": width, "model.depth": depth, "model.heads": heads}
+    width, depth = hstu
+    sizes = {"model.width": width, "model.depth": depth, "model.heads": heads(width)}
     blocks = model("hstu", **{**sizes, "train.batch_rows": 16, **rates(width)})
     sizes = {"model.width": dlrm[0], "model.depth": dlrm[1], "model.embedding": 24, "train.batch_rows": 32}
     for name in pooling:
@@ -35,9 +35,9 @@ STUDY = Study(
     title="History length",
     doc=(__doc__ or "").strip(),
     points={
-        "small": _sweep([8, 16, 32, 64, 128], (48, 2, 2), (128, 2), ["dlrm"], [0]),
-        "medium": _sweep([16, 32, 64, 128, 256, 512], (128, 4, 4), (512, 3), ["dlrm", "din"], [0, 1]),
-        "large": _sweep([64, 256, 1024, 4096], (512, 10, 8), (2048, 4), ["dlrm", "din"], [0, 1]),
+        "small": _sweep([8, 16, 32, 64, 128], (48, 2), (128, 2), ["dlrm"], [0]),
+        "medium": _sweep([16, 32, 64, 128, 256, 512], (128, 4), (512, 3), ["dlrm", "din"], [0, 1]),
+        "large": _sweep([64, 256, 1024, 4096], (512, 10), (2048, 4), ["dlrm", "din"], [0, 1]),
     },
     metric="ne",
     axis="history",

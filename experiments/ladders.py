@@ -21,8 +21,13 @@ def rates(width: int) -> dict[str, float]:
     return {"train.learning_rate": dense, "train.embedding_learning_rate": 2 * dense}
 
 
-def _sequence(width: int, depth: int, heads: int, epochs: float, batch_rows: int) -> dict[str, Any]:
-    sizes = {"model.width": width, "model.depth": depth, "model.heads": heads}
+def heads(width: int) -> int:
+    """Heads about 64 wide, never narrower than 32: pointwise attention learns poorly with narrow ones."""
+    return next(n for n in range(max(1, round(width / 64)), 0, -1) if width % n == 0)
+
+
+def _sequence(width: int, depth: int, epochs: float, batch_rows: int) -> dict[str, Any]:
+    sizes = {"model.width": width, "model.depth": depth, "model.heads": heads(width)}
     return {**sizes, "train.epochs": epochs, "train.batch_rows": batch_rows, **rates(width)}
 
 
@@ -35,37 +40,37 @@ def _pointwise(width: int, depth: int, embedding: int, **more: Any) -> dict[str,
 RUNGS: dict[str, list[dict[str, Any]]] = {
     # A window row carries up to 72 targets, a request row up to 8: 16 windows are a step like 32 requests are.
     "hstu": [
-        _sequence(16, 1, 1, 0.5, 16),
-        _sequence(32, 1, 1, 1.0, 16),
-        _sequence(48, 2, 2, 1.0, 16),
-        _sequence(96, 3, 2, 1.0, 16),
-        _sequence(160, 5, 4, 1.0, 16),
-        _sequence(256, 9, 4, 1.0, 16),
-        _sequence(512, 10, 8, 1.0, 16),
-        _sequence(768, 20, 12, 1.0, 16),
-        _sequence(1280, 32, 20, 1.0, 16),
+        _sequence(16, 1, 0.5, 16),
+        _sequence(32, 1, 1.0, 16),
+        _sequence(48, 2, 1.0, 16),
+        _sequence(96, 3, 1.0, 16),
+        _sequence(160, 5, 1.0, 16),
+        _sequence(256, 9, 1.0, 16),
+        _sequence(512, 10, 1.0, 16),
+        _sequence(768, 20, 1.0, 16),
+        _sequence(1280, 32, 1.0, 16),
     ],
     "dirl": [
-        _sequence(16, 1, 1, 0.15, 32),
-        _sequence(24, 1, 1, 0.4, 32),
-        _sequence(32, 2, 1, 0.6, 32),
-        _sequence(64, 2, 2, 0.75, 32),
-        _sequence(96, 3, 2, 1.0, 32),
-        _sequence(192, 4, 4, 1.0, 32),
-        _sequence(320, 6, 5, 1.0, 32),
-        _sequence(512, 10, 8, 1.0, 32),
-        _sequence(1024, 12, 16, 1.0, 32),
+        _sequence(16, 1, 0.15, 32),
+        _sequence(24, 1, 0.4, 32),
+        _sequence(32, 2, 0.6, 32),
+        _sequence(64, 2, 0.75, 32),
+        _sequence(96, 3, 1.0, 32),
+        _sequence(192, 4, 1.0, 32),
+        _sequence(320, 6, 1.0, 32),
+        _sequence(512, 10, 1.0, 32),
+        _sequence(1024, 12, 1.0, 32),
     ],
     "transformer": [
-        _sequence(16, 1, 1, 0.1, 32),
-        _sequence(16, 1, 1, 0.45, 32),
-        _sequence(32, 1, 1, 0.6, 32),
-        _sequence(48, 2, 2, 0.65, 32),
-        _sequence(64, 3, 2, 1.0, 32),
-        _sequence(128, 3, 4, 1.0, 32),
-        _sequence(192, 6, 4, 1.0, 32),
-        _sequence(384, 8, 6, 1.0, 32),
-        _sequence(768, 10, 12, 1.0, 32),
+        _sequence(16, 1, 0.1, 32),
+        _sequence(16, 1, 0.45, 32),
+        _sequence(32, 1, 0.6, 32),
+        _sequence(48, 2, 0.65, 32),
+        _sequence(64, 3, 1.0, 32),
+        _sequence(128, 3, 1.0, 32),
+        _sequence(192, 6, 1.0, 32),
+        _sequence(384, 8, 1.0, 32),
+        _sequence(768, 10, 1.0, 32),
     ],
     "dlrm": [
         _pointwise(48, 1, 8),

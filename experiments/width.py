@@ -13,7 +13,7 @@ Expect both to gain from width with diminishing returns on MovieLens-1M, HSTU fu
 
 import sys
 
-from experiments.ladders import BASE, rates
+from experiments.ladders import BASE, heads, rates
 from experiments.study import Study
 from experiments.sweep import Sweep, model, param, zipped
 
@@ -24,7 +24,8 @@ def _sweep(widths: list[int], seeds: list[int]) -> Sweep:
         rules = [param(key, [rates(scale * width)[key] for width in widths]) for key in rates(widths[0])]
         return zipped(swept, *rules)
 
-    blocks = model("hstu", **{"model.depth": 2, "model.heads": 2, "train.batch_rows": 16}) * axis(1)
+    number = param("model.heads", [heads(width) for width in widths])
+    blocks = model("hstu", **{"model.depth": 2, "train.batch_rows": 16}) * zipped(axis(1), number)
     layers = model("dlrm", **{"model.depth": 2, "model.embedding": 24, "train.batch_rows": 32}) * axis(4)
     return (blocks + layers) * param("seed", seeds)
 
