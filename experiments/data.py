@@ -40,8 +40,6 @@ STUDY = Study(
     },
     metric="ne",
     axis="data",
-    axis_label="share of the training users",
-    data="a log with labels and a global time order (MovieLens-1M, a synthetic world)",
     base=BASE,
 )
 

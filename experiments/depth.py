@@ -35,8 +35,6 @@ STUDY = Study(
     },
     metric="ne",
     axis="depth",
-    axis_label="layers",
-    data="a log with labels and a global time order (MovieLens-1M, a synthetic world)",
     base=BASE,
 )
 

@@ -43,8 +43,6 @@ STUDY = Study(
     },
     metric="ne",
     axis="train_flops",
-    axis_label="training compute (FLOPs)",
-    data="a log with labels and a global time order (MovieLens-1M, a synthetic world)",
     base=BASE,
 )
 

@@ -41,8 +41,6 @@ STUDY = Study(
     },
     metric="ne",
     axis="history",
-    axis_label="history length N (events)",
-    data="a log with labels and a global time order (MovieLens-1M, a synthetic world)",
     base={"data.candidates": 8},
 )
 

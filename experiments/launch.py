@@ -287,7 +287,18 @@ def _prepare(planned: list[PlannedTrial], out: Path) -> list[_Job]:
         write_json(folder / "config.json", here[0].trial.to_json())
         _write_plan(folder, here)
         jobs.append(_Job(here[0], folder, (here[0].cost or 0.0) if costed else 1.0))
+    _withdraw({one.study for one in planned}, set(places), out)
     return jobs
+
+
+def _withdraw(studies: set[str], planned: set[str], out: Path) -> None:
+    """Takes trials that these studies planned before, and no longer do, out of their tables; the folders stay."""
+    for folder in (out / "trials").glob("*/"):
+        plan = read_record(folder / "plan.json")
+        if plan is not None and folder.name not in planned:
+            kept = [place for place in plan["placements"] if place["study"] not in studies]
+            if kept != plan["placements"]:
+                write_json(folder / "plan.json", {"placements": kept})
 
 
 def _write_plan(folder: Path, here: list[PlannedTrial]) -> None:

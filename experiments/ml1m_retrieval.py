@@ -38,8 +38,6 @@ STUDY = Study(
     },
     metric="hr@10",
     axis="train_flops",
-    axis_label="training compute (FLOPs)",
-    data="any log in time order; the published numbers are of MovieLens-1M",
     base={
         "data.history": 200,
         "data.candidates": 1,

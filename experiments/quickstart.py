@@ -23,8 +23,6 @@ STUDY = Study(
     points={"small": _FAMILIES * param("seed", [0])},
     metric="ne",
     axis="train_flops",
-    axis_label="training compute (FLOPs)",
-    data="a small synthetic world",
     base=BASE,
 )
 

@@ -41,9 +41,8 @@ def run_named(
         print_plan(planned, estimate, workers=workers)
         return 0
     target = out or Path("runs") / f"{name}-{data.resolve().name}-{budget}"
-    target.mkdir(parents=True, exist_ok=True)
-    write_references(planned, target)
     summary = run_study(with_cost(planned, estimate), target, workers=workers, quiet=quiet)
+    write_references(planned, target)
     heading = {"title": study.title, "summary": study.doc, "metric": study.metric}
     (target / "study.json").write_text(json.dumps(heading, indent=1) + "\n", encoding="utf-8")
     print(f"{summary.done} done, {summary.diverged} diverged, {len(summary.failed)} failed; table {summary.table}")

@@ -39,8 +39,7 @@ class Study:
     """One question put to the lab.
 
     doc: the question and the expected answer. points: the sweep of each budget. metric: the column of the results table
-    that answers it. axis, axis_label: the x column and its words on a figure. data: the dataset it needs, in words.
-    base: keys that every point shares.
+    that answers it. axis: the x column. base: keys that every point shares.
     """
 
     name: str
@@ -49,8 +48,6 @@ class Study:
     points: Mapping[Budget, Sweep]
     metric: str
     axis: str
-    axis_label: str
-    data: str
     base: Mapping[str, Any] = field(default_factory=dict)
 
     def trials(self, data_path: str, budget: Budget) -> list[PlannedTrial]:

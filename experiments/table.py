@@ -80,8 +80,18 @@ def _rows(trial: Mapping[str, Any], dataset_names: Mapping[str, str]) -> list[Ro
         row = {key: place[key] for key in ("study", "family", "label", "axis")}
         row |= {"trial": trial["trial"], "seed": config["seed"], "status": trial["status"], "axis_value": axis_value}
         row["dataset"] = dataset_names.get(trial["path"], Path(trial["path"]).name)
-        rows.append(row | measured)
+        rows.append(_settings(config) | row | measured)
     return rows
+
+
+def _settings(config: Mapping[str, Any]) -> Row:
+    """What was set, by plain names (``history``, ``learning_rate``); the model's own sizes as ``model.*``.
+
+    The data's path is left out (the dataset's name stands for it) and ``steps``, whose resolved number is measured.
+    """
+    plain = {key.partition(".")[2]: value for key, value in config.items() if key.startswith(("data.", "train."))}
+    sizes = {key: value for key, value in config.items() if key.startswith("model.")}
+    return {key: value for key, value in plain.items() if key not in ("path", "steps")} | sizes | {"decay": "cosine"}
 
 
 def _order(axis_value: Any) -> tuple[int, float, str]:

@@ -41,8 +41,6 @@ STUDY = Study(
     },
     metric="ne",
     axis="width",
-    axis_label="layer width",
-    data="a log with labels and a global time order (MovieLens-1M, a synthetic world)",
     base=BASE,
 )
 

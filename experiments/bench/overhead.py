@@ -22,8 +22,6 @@ def _study(seeds: list[int]) -> Study:
         points={"small": model("dlrm", **sizes) * param("seed", seeds)},
         metric="ne",
         axis="train_flops",
-        axis_label="",
-        data="",
         base={"data.eval_impressions": 8192},
     )
 

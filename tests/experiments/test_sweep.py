@@ -15,7 +15,7 @@ def fake_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def study(points: Sweep, **settings: Any) -> Study:
-    defaults: dict[str, Any] = {"metric": "ne", "axis": "model.width", "axis_label": "width", "data": "any log"}
+    defaults: dict[str, Any] = {"metric": "ne", "axis": "model.width"}
     return Study("depth", "Depth", "Does depth pay?", {"small": points}, **{**defaults, **settings})
 
 

@@ -24,13 +24,24 @@ def test_table_is_rebuilt_from_the_folders(tmp_path: Path) -> None:
     assert path.read_bytes() == before
     with path.open() as file:
         read = list(csv.DictReader(file))
-    assert list(read[0]) == [*FIRST, "cpus", "ne/like", "train_seconds", "versions/jax"]
+    assert list(read[0])[: len(FIRST)] == list(FIRST)
+    assert {"ne/like", "train_seconds", "versions/jax", "history", "learning_rate", "model.width"} <= set(read[0])
+    assert float(read[0]["learning_rate"]) == planned[0].trial.train.learning_rate
     assert [row["label"] for row in read] == ["width=8", "width=10", "width=9"]  # families, then the axis by size
     assert [row["axis_value"] for row in rows] == [8, 10, 9]  # read from the configuration: the plan gave none
     first = read[0]
     assert (first["trial"], first["study"], first["family"]) == (planned[0].trial.hash, "study", "even")
     assert (first["seed"], first["status"], first["axis"], first["dataset"]) == ("0", "done", "model.width", "world")
     assert float(first["ne/like"]) == 0.125
+
+
+def test_a_trial_that_is_no_longer_planned_leaves_the_table(tmp_path: Path) -> None:
+    planned = plan(3)
+    launch(planned, tmp_path)
+    launch(planned[:2], tmp_path)
+    assert {row["trial"] for row in rebuild_table(tmp_path)} == {one.trial.hash for one in planned[:2]}
+    launch(planned, tmp_path)
+    assert len(rebuild_table(tmp_path)) == 3
 
 
 def test_unfinished_trials_have_a_row_and_the_dataset_name_of_their_siblings(tmp_path: Path) -> None:
