@@ -54,19 +54,22 @@ def run_named(
 def write_report(runs: Sequence[Path], out: Path) -> None:
     """Writes one page for study folders or tables; a single study lends the page its title and question."""
     import scaling
-    from experiments.truth import read_references
+    from experiments.truth import held_against_truth, read_references
 
     title, summary, metric = "Scaling report", "", None
     if len(runs) == 1 and (runs[0] / "study.json").is_file():
         heading = json.loads((runs[0] / "study.json").read_text(encoding="utf-8"))
         title, summary, metric = heading["title"], heading["summary"], heading["metric"]
-    scaling.report_command(
+    references = read_references(runs)
+    analysis = scaling.report_command(
         list(runs),
         out,
         title=title,
         summary=summary,
-        references=read_references(runs),
+        references=references,
         y=metric,
         assets_dir=out.with_suffix("") if out.name != "report.html" else out.parent / "figures",
     )
+    for line in held_against_truth(analysis, references):
+        print(line)
     print(f"report {out}")
