@@ -10,6 +10,7 @@ from experiments.study import PlannedTrial
 from experiments.truth import held_against_truth, read_references, write_references
 from genrec_jax.config import default_trial, override
 from genrec_jax.data.pipeline import evaluation_batches, evaluation_events
+from genrec_jax.data.sequences import load
 from genrec_jax.data.synthetic import World, generate
 from scaling import Reference
 
@@ -25,8 +26,6 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> list[PlannedTrial]:
 
 
 def test_evaluated_events_are_the_candidates_of_the_batches(planned: list[PlannedTrial]) -> None:
-    from genrec_jax.data.sequences import load
-
     config = planned[0].trial.data
     sequences = load(config.path)
     impressions, begins = evaluation_events(sequences, config, "ranking", "test")
