@@ -27,10 +27,11 @@ def data_import(
     time: str | None = None,
     label: Many[tuple[str, ...]] = (),
     request: str | None = None,
+    order: str | None = None,
     user_feature: Many[tuple[str, ...]] = (),
     item_feature: Many[tuple[str, ...]] = (),
     event_feature: Many[tuple[str, ...]] = (),
-    time_unit: Literal["s", "ms", "us", "ns"] = "s",
+    time_unit: Literal["s", "ms", "us", "ns"] | None = None,
     promise_sorted: bool = False,
     mapping: Path | None = None,
     quiet: bool = False,
@@ -45,20 +46,22 @@ def data_import(
         time: Column of event times.
         label: A task, NAME=COL, NAME=COL>=X or NAME=COL==X; repeat for several.
         request: Column of request ids: events shown together.
+        order: Column of whole numbers that orders a user's events of equal time (default: as they stand).
         user_feature: Column with a categorical feature of the user; repeat for several.
         item_feature: Column with a categorical feature of the item; repeat for several.
         event_feature: Column with a categorical feature of the event; repeat for several.
-        time_unit: Unit of the time column.
+        time_unit: Unit of the time column (default: s).
         promise_sorted: Refuse the log if a user's times ever go back.
-        mapping: TOML file with the same settings.
+        mapping: TOML file with the same settings, instead of flags.
         quiet: No progress bar.
     """
     from experiments.datasets import import_command
 
-    given = {"user": user, "item": item, "time": time, "request": request}
+    columns = {"user": user, "item": item, "time": time, "request": request, "order": order}
     features = {"user_features": user_feature, "item_features": item_feature, "event_features": event_feature}
     options = {"labels": label, "time_unit": time_unit, "promise_sorted": promise_sorted, **features}
-    import_command(files, out, given, options, mapping_file=mapping, quiet=quiet)
+    given = {name: value for name, value in (columns | options).items() if value}
+    import_command(files, out, given, mapping_file=mapping, quiet=quiet)
     data_show(out)
 
 
@@ -67,6 +70,7 @@ def data_synthetic(
     out: Path,
     name: Annotated[str, tyro.conf.arg(name="preset")] = "small",
     seed: int = 0,
+    set: Many[tuple[str, ...]] = (),
     processes: int = 1,
     quiet: bool = False,
 ) -> None:
@@ -76,13 +80,16 @@ def data_synthetic(
         out: Dataset folder to write.
         name: Named size of the world.
         seed: Seed of the world.
+        set: key=value of the world (users=1000, tasks=click,like); repeat for several.
         processes: Worker processes; the bits do not depend on it.
         quiet: No progress bar.
     """
+    from experiments.datasets import world_changes
     from genrec_jax.data.synthetic import generate, preset
 
+    world = preset(name, seed=seed, **world_changes(set))
     with Console(stderr=True, quiet=quiet).status(f"generating the world {name!r}"):
-        generate(preset(name, seed=seed), out, processes=processes)
+        generate(world, out, processes=processes)
     data_show(out)
 
 
@@ -217,6 +224,11 @@ def main(args: Sequence[str] | None = None) -> None:
     except (UserError, TableError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        print(f"error: {error.filename or 'file system'}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def _parse(commands: dict[str, Callable[..., Any]], args: list[str], prog: str) -> None:

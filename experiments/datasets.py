@@ -1,5 +1,7 @@
-"""``genrec data import``: a column mapping from flags or a file, or a raw dataset that is known by its file names."""
+"""``genrec data``: a column mapping from flags or a file, a raw dataset known by its file names, a world's settings."""
 
+import dataclasses
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,35 +9,73 @@ from typing import Any
 from genrec_jax.data.catalog import recognise
 from genrec_jax.data.importer import import_log
 from genrec_jax.data.log import LogMapping, parse_mapping, read_mapping
+from genrec_jax.data.synthetic.world import World
 from genrec_jax.errors import UserError
+
+# Settings that hold several values have a flag that is repeated, in the singular.
+_FLAGS = {
+    "labels": "label",
+    "user_features": "user-feature",
+    "item_features": "item-feature",
+    "event_features": "event-feature",
+    "time_unit": "time-unit",
+    "promise_sorted": "promise-sorted",
+}
 
 
 def import_command(
-    files: Sequence[Path],
-    out: Path,
-    columns: Mapping[str, str | None],
-    options: Mapping[str, Any],
-    *,
-    mapping_file: Path | None,
-    quiet: bool,
+    files: Sequence[Path], out: Path, given: Mapping[str, Any], *, mapping_file: Path | None, quiet: bool
 ) -> None:
-    """Imports ``files`` into ``out``. ``columns``: user, item, time, request; ``options``: of ``parse_mapping``."""
+    """Imports ``files`` into ``out``. ``given``: the arguments of ``parse_mapping`` that the user gave, no others."""
     raw = recognise(files[0]) if len(files) == 1 and files[0].is_dir() else None
-    named = [name for name, column in columns.items() if column is not None]
-    if raw is not None and mapping_file is None and not named:
-        import_log(raw.files, raw.mapping, out, name=raw.name, quiet=quiet)
+    if raw is None:
+        import_log(files, _mapping(given, mapping_file), out, quiet=quiet)
         return
-    import_log(files, _mapping(columns, named, options, mapping_file), out, quiet=quiet)
+    flag = "--mapping" if mapping_file is not None else next(map(_flag, given), None)
+    if flag is not None:
+        raise UserError(f"{files[0]} is {raw.name}, whose columns are known: leave out {flag}, or name its log file")
+    import_log(raw.files, raw.mapping, out, name=raw.name, quiet=quiet)
 
 
-def _mapping(
-    columns: Mapping[str, str | None], named: list[str], options: Mapping[str, Any], mapping_file: Path | None
-) -> LogMapping:
+def _mapping(given: Mapping[str, Any], mapping_file: Path | None) -> LogMapping:
     if mapping_file is not None:
-        if named:
-            raise UserError(f"--mapping {mapping_file} and --{named[0]} both name columns; give one of the two")
+        if given:
+            flag = _flag(next(iter(given)))
+            raise UserError(f"--mapping {mapping_file} and {flag} both say what the columns are; give one of the two")
         return read_mapping(mapping_file)
     for name in ("user", "item", "time"):
-        if columns[name] is None:
+        if name not in given:
             raise UserError(f"--{name} is missing: name the log's {name} column, or give --mapping FILE.toml")
-    return parse_mapping(**{name: columns[name] for name in named}, **options)  # type: ignore[arg-type]
+    return parse_mapping(**given)
+
+
+def _flag(name: str) -> str:
+    return f"--{_FLAGS.get(name, name)}"
+
+
+def world_changes(settings: Sequence[str]) -> dict[str, Any]:
+    """``["users=1000", "tasks=click,like"]`` as parameters of a World, each of its field's type.
+
+    Raises UserError naming the setting that cannot be read.
+    """
+    hints = typing.get_type_hints(World)
+    known = [field.name for field in dataclasses.fields(World) if field.name != "seed"]  # --seed is a flag of its own
+    changes = {}
+    for setting in settings:
+        key, equals, value = (part.strip() for part in setting.partition("="))
+        if not equals:
+            raise UserError(f"--set {setting!r} is not of the form key=value")
+        if key not in known:
+            raise UserError(f"unknown parameter {key!r} of a synthetic world; --set knows: {', '.join(known)}")
+        changes[key] = _value(value, hints[key], setting)
+    return changes
+
+
+def _value(text: str, hint: Any, setting: str) -> Any:
+    if typing.get_origin(hint) is tuple:
+        kind = typing.get_args(hint)[0]
+        return tuple(_value(part.strip(), kind, setting) for part in text.split(",") if part.strip())
+    try:
+        return hint(text)
+    except ValueError:
+        raise UserError(f"--set {setting!r}: the value must be of type {hint.__name__}") from None

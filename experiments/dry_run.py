@@ -21,9 +21,9 @@ class Cost(Protocol):
     def seconds(self) -> float: ...
 
 
-def with_cost(planned: Sequence[PlannedTrial], estimate: Callable[[Trial], Cost]) -> list[PlannedTrial]:
+def with_cost(planned: Sequence[PlannedTrial], flops: Callable[[Trial], float]) -> list[PlannedTrial]:
     """The plan with every trial's FLOPs as its cost, so that the longest start first."""
-    return [replace(one, cost=estimate(one.trial).flops) for one in planned]
+    return [replace(one, cost=flops(one.trial)) for one in planned]
 
 
 def print_plan(planned: Sequence[PlannedTrial], estimate: Callable[[Trial], Cost], *, workers: int) -> None:

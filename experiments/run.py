@@ -1,12 +1,12 @@
 """``genrec sweep`` and ``genrec report``: a study by name, from its declaration to its page."""
 
 import importlib
-import json
 import pkgutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import experiments
+from experiments.folder import read_record
 from experiments.study import Budget, Study
 from genrec_jax.errors import UserError
 
@@ -29,7 +29,8 @@ def run_named(
     from experiments.launch import run_study
     from experiments.truth import write_references
     from genrec_jax.data.catalog import load_any
-    from genrec_jax.train.estimate import estimate
+    from genrec_jax.train.estimate import estimate, plan_account
+    from genrec_jax.train.record import write_json
 
     known = studies()
     if name not in known:
@@ -41,10 +42,12 @@ def run_named(
         print_plan(planned, estimate, workers=workers)
         return 0
     target = out or Path("runs") / f"{name}-{data.resolve().name}-{budget}"
-    summary = run_study(with_cost(planned, estimate), target, workers=workers, quiet=quiet)
+    # The launcher touches no device: the workers need all of it.
+    planned = with_cost(planned, lambda trial: plan_account(trial).train_flops)
+    target.mkdir(parents=True, exist_ok=True)
+    write_json(target / "study.json", {"title": study.title, "summary": study.doc, "metric": study.metric})
     write_references(planned, target)
-    heading = {"title": study.title, "summary": study.doc, "metric": study.metric}
-    (target / "study.json").write_text(json.dumps(heading, indent=1) + "\n", encoding="utf-8")
+    summary = run_study(planned, target, workers=workers, quiet=quiet)
     print(f"{summary.done} done, {summary.diverged} diverged, {len(summary.failed)} failed; table {summary.table}")
     if summary.done:
         write_report([target], target / "report.html")
@@ -57,8 +60,8 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
     from experiments.truth import held_against_truth, read_references
 
     title, summary, metric = "Scaling report", "", None
-    if len(runs) == 1 and (runs[0] / "study.json").is_file():
-        heading = json.loads((runs[0] / "study.json").read_text(encoding="utf-8"))
+    heading = read_record(runs[0] / "study.json") if len(runs) == 1 else None
+    if heading is not None:
         title, summary, metric = heading["title"], heading["summary"], heading["metric"]
     references = read_references(runs)
     analysis = scaling.report_command(
@@ -68,7 +71,7 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
         summary=summary,
         references=references,
         y=metric,
-        assets_dir=out.with_suffix("") if out.name != "report.html" else out.parent / "figures",
+        assets_dir=out.with_name(f"{out.stem}_figures"),
     )
     for line in held_against_truth(analysis, references):
         print(line)

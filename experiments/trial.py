@@ -1,14 +1,14 @@
 """``genrec train``: one trial in one folder, with a progress bar."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from genrec_jax.config import Trial, default_trial, override
+from experiments.folder import lock, read_record, read_result
+from genrec_jax.config import Trial, default_trial, override, trial_from_json
 from genrec_jax.data.catalog import load_any
 from genrec_jax.errors import UserError
 
@@ -28,13 +28,19 @@ def train_command(data: Path, model: str, settings: Sequence[str], out: Path, *,
     """Trains (or resumes) the trial and prints its result."""
     trial = override(default_trial(model), parse_settings(settings))
     trial = override(trial, {"data.path": str(load_any(data, quiet=quiet))})
-    _refuse_other_trial(trial, out)
+    earlier = _earlier(trial, out)
+    if earlier is not None:
+        _show(earlier)
+        return
 
     from genrec_jax.train.cache import enable_compilation_cache
     from genrec_jax.train.loop import train
 
     enable_compilation_cache()
-    console = Console(highlight=False)
+    out.mkdir(parents=True, exist_ok=True)
+    held = lock(out / "lock", wait=False)
+    if held is None:
+        raise UserError(f"another process trains in {out}; let it finish or choose another --out")
     if quiet:
         result = train(trial, out, on_progress=lambda record: print(_line(record), flush=True))
     else:
@@ -44,7 +50,7 @@ def train_command(data: Path, model: str, settings: Sequence[str], out: Path, *,
             TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=console) as progress:
+        with Progress(*columns) as progress:
             bar = progress.add_task(model, total=None, rate="compiling")
 
             def show(record: dict[str, Any]) -> None:
@@ -52,6 +58,12 @@ def train_command(data: Path, model: str, settings: Sequence[str], out: Path, *,
                 progress.update(bar, completed=record["step"], total=record["steps"], rate=told)
 
             result = train(trial, out, on_progress=show)
+    held.close()
+    _show(result)
+
+
+def _show(result: Mapping[str, Any]) -> None:
+    console = Console(highlight=False)
     for key in ("status", "train_flops", "train_seconds", "ne", "auc", "gauc", "hr@10", "ndcg@10", "mrr"):
         if key in result:
             value = result[key]
@@ -63,8 +75,12 @@ def _line(record: dict[str, Any]) -> str:
     return f"step {record['step']}/{record['steps']} loss {record['loss']:.4f} {rate}"
 
 
-def _refuse_other_trial(trial: Trial, out: Path) -> None:
-    """A folder belongs to one trial for good: mixing two would corrupt its record."""
-    config = out / "config.json"
-    if config.exists() and json.loads(config.read_text(encoding="utf-8")) != json.loads(json.dumps(trial.to_json())):
-        raise UserError(f"{config} belongs to a trial with another configuration; choose another --out")
+def _earlier(trial: Trial, out: Path) -> dict[str, Any] | None:
+    """The result that this very trial already has in ``out``, or None.
+
+    Raises UserError if the folder belongs to another trial: mixing two would corrupt its record.
+    """
+    config = read_record(out / "config.json")
+    if config is not None and trial_from_json(config).hash != trial.hash:
+        raise UserError(f"{out / 'config.json'} belongs to a trial with another configuration; choose another --out")
+    return read_result(out)

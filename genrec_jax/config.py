@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -21,7 +22,8 @@ class DataConfig:
     segments: how many short histories may share one row. validation, test: shares of events, by global time (ranking;
     retrieval holds out each user's last two events instead). fraction: share of users whose events are trained on.
     eval_impressions: evaluate on at most this many impressions, the same ones for every architecture.
-    workers: processes that build batches ahead of the step (0: threads).
+    workers: processes that build batches ahead of the step (0: threads). digest: of the dataset's content, filled in
+    when a path is resolved; stands for the path in the trial's name.
     """
 
     path: str = ""
@@ -33,6 +35,7 @@ class DataConfig:
     fraction: float = 1.0
     eval_impressions: int = 32768
     workers: int = 0
+    digest: str = ""
 
     @property
     def shape(self) -> Shape:
@@ -82,8 +85,10 @@ class Trial:
 
     @property
     def hash(self) -> str:
-        """Twelve hex digits of the resolved configuration."""
-        text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
+        """Twelve hex digits of the resolved configuration; the data are known by their digest, wherever they lie."""
+        record = self.to_json()
+        del record["data"]["path"]
+        text = json.dumps(record, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -156,13 +161,14 @@ def _read(value: Any, hint: Any, key: str) -> Any:
         if hint is int and isinstance(value, float) and not value.is_integer():
             raise ValueError
         return hint(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UserError(f"configuration key {key!r} must be of type {hint.__name__}, not {value!r}") from None
 
 
 def check(trial: Trial) -> None:
     """Refuses impossible shapes and budgets with a UserError naming the key."""
     data, train = trial.data, trial.train
+    _check_ranges(trial)
     positive = {
         "data.history": data.history,
         "data.candidates": data.candidates,
@@ -191,8 +197,46 @@ def check(trial: Trial) -> None:
             raise UserError(f"configuration key {key!r} must be in (0, 1], not {value}")
     if data.validation + data.test >= 1:
         raise UserError("configuration keys 'data.validation' and 'data.test' leave no events to train on")
-    if not 0 <= train.warmup < 1:
-        raise UserError(f"configuration key 'train.warmup' must be in [0, 1), not {train.warmup}")
+    for name in ("warmup", "beta1", "beta2"):
+        if not 0 <= getattr(train, name) < 1:
+            raise UserError(f"configuration key 'train.{name}' must be in [0, 1), not {getattr(train, name)}")
+    for name in ("weight_decay", "embedding_weight_decay"):
+        if getattr(train, name) < 0:
+            raise UserError(f"configuration key 'train.{name}' must not be negative, not {getattr(train, name)}")
     if data.workers < 0 or trial.seed < 0:
         raise UserError("configuration keys 'data.workers' and 'seed' must not be negative")
     trial.model.check()
+
+
+# Beyond these an array cannot be allocated or a counter overflows, far from the setting that is at fault.
+_LARGEST: Mapping[str, float] = {
+    "data.history": 2**20,
+    "data.candidates": 2**16,
+    "data.segments": 2**12,
+    "data.workers": 2**10,
+    "train.batch_rows": 2**20,
+    "train.epochs": 1e6,
+    "seed": 2**63 - 1,
+}
+_LARGEST_INT = 2**31 - 1
+_LARGEST_FLOAT = 1e30  # well inside float32
+
+
+def _check_ranges(trial: Trial) -> None:
+    """Refuses numbers that are not finite, and those no trial can have."""
+    values = {
+        f"{part}.{f.name}": getattr(node, f.name) for part, node in _parts(trial) for f in dataclasses.fields(node)
+    }
+    for key, value in (values | {"seed": trial.seed}).items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if not isinstance(number, int | float):
+                continue
+            if not math.isfinite(number):
+                raise UserError(f"configuration key {key!r} must be finite, not {number}")
+            largest = _LARGEST.get(key, _LARGEST_INT if isinstance(number, int) else _LARGEST_FLOAT)
+            if abs(number) > largest:
+                raise UserError(f"configuration key {key!r} must be at most {largest:g}, not {number}")
+
+
+def _parts(trial: Trial) -> tuple[tuple[str, Any], ...]:
+    return ("data", trial.data), ("train", trial.train), ("model", trial.model)

@@ -82,9 +82,11 @@ class Assembler:
         )
 
     def _context(self, rows: RowTable, present: np.ndarray) -> Context:
+        # Where history events are targets too, they all see the context: it may say no more than their first one knew.
+        event = rows.history_start if self._rows.supervised else rows.history_stop
         features = {}
         for feature in self._sequences.schema.context_features:
-            index = rows.user if feature.level == "user" else rows.history_stop
+            index = rows.user if feature.level == "user" else event
             features[feature.name] = _gather(self._features[feature.name], index, present)
         return Context(features)
 

@@ -7,7 +7,7 @@ only has to map a range of integers ahead of the training step.
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import grain
@@ -59,7 +59,12 @@ class TrainStream:
         self.occupancy = int(table.history_length.sum()) / (self.rows * config.history)
         self._make = _BatchAt(Assembler(sequences, table, config.shape), plan, batch_rows, seed)
         self._workers = config.workers
-        self._identity = {"rows": self.rows, "batch_rows": batch_rows, "seed": seed}
+        self._identity: dict[str, int | str] = {
+            "rows": self.rows,
+            "batch_rows": batch_rows,
+            "seed": seed,
+            "dataset": sequences.digest,
+        }
         self._next = 0
         self._batches: Any = None
 
@@ -73,14 +78,14 @@ class TrainStream:
         self._next += 1
         return batch
 
-    def get_state(self) -> dict[str, int]:
+    def get_state(self) -> dict[str, int | str]:
         """JSON-serialisable state: the batches delivered so far, and what they were cut from."""
         return {"batch": self._next, **self._identity}
 
-    def set_state(self, state: dict[str, int]) -> None:
+    def set_state(self, state: Mapping[str, int | str]) -> None:
         """Continues after the batch at which ``get_state`` was called, with any number of workers.
 
-        Raises UserError if the state comes from a stream of other rows, batch size or seed.
+        Raises UserError if the state comes from a stream of other data, rows, batch size or seed.
         """
         theirs = {key: state.get(key) for key in self._identity}
         if theirs != self._identity:
@@ -189,8 +194,8 @@ def evaluation_batches(
 def evaluation_fingerprint(sequences: Sequences, config: DataConfig, goal: Goal, part: Part) -> str:
     """Twelve hex digits that say which impressions are evaluated: equal digits, comparable results.
 
-    Hashes the dataset's name and size, the part, and for each row the event indices of its candidates and of its
-    request's first event. So it depends on K, which cuts requests into rows, but not on N, the model or a seed.
+    Hashes the dataset's content (not its name), the part, and for each row the event indices of its candidates and of
+    its request's first event. So it depends on K, which cuts requests into rows, but not on N, the model or a seed.
     """
     return _fingerprint(sequences, part, _evaluation_table(sequences, config, goal, part))
 
@@ -215,7 +220,7 @@ def _evaluation_table(sequences: Sequences, config: DataConfig, goal: Goal, part
 
 
 def _fingerprint(sequences: Sequences, part: Part, rows: RowTable) -> str:
-    digest = hashlib.sha256(f"{sequences.name} {sequences.events} {sequences.users} {part}".encode())
+    digest = hashlib.sha256(f"{sequences.digest} {part}".encode())
     for column in (rows.history_stop, rows.target_start, rows.target_stop):
         digest.update(np.ascontiguousarray(column, "<i8").tobytes())
     return digest.hexdigest()[:12]

@@ -6,19 +6,22 @@ column under ``events/``, feature tables under ``users/`` and ``items/``, and th
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from genrec_jax.data.schema import Schema
 from genrec_jax.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
+_CHUNK_BYTES = 1 << 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +31,11 @@ class Sequences:
     offsets [U+1] int64: user u owns events ``offsets[u]:offsets[u+1]``; item [E] int32 in ``1..items-1``; time [E]
     int32 seconds since ``origin`` (Unix seconds); labels [E, A] uint8 in {0, 1}; request [E] int32 or None: events of
     one user with equal request ids were shown together. ``features[name]`` is [U], [items] or [E] by the feature's
-    level, with a trailing width axis if the feature is multi-valued.
+    level, with a trailing width axis if the feature is multi-valued. digest: see :func:`digest_of`.
     """
 
     name: str
+    digest: str
     schema: Schema
     origin: int
     offsets: np.ndarray
@@ -55,18 +59,10 @@ _FOLDER = {"user": "users", "item": "items", "event": "events"}
 
 
 def load(path: str | Path) -> Sequences:
-    """Opens a dataset folder. Raises UserError if it is not one."""
+    """Opens a dataset folder. Raises UserError if it is not one, or if its files do not fit together."""
     path = Path(path)
-    manifest = path / "dataset.json"
-    if not manifest.is_file():
-        raise UserError(f"{path} is not a dataset folder: it has no dataset.json (make one with `genrec data import`)")
-    try:
-        record = json.loads(manifest.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{manifest} is not valid JSON: {error}") from None
-    if record.get("format") != FORMAT:
-        raise UserError(f"{manifest} has format {record.get('format')!r}; this version reads format {FORMAT}")
-    schema = Schema.from_json(record["schema"])
+    record = _manifest(path)
+    schema = _schema(record, path)
 
     def column(name: str) -> np.ndarray:
         file = path / f"{name}.npy"
@@ -77,6 +73,7 @@ def load(path: str | Path) -> Sequences:
 
     sequences = Sequences(
         name=record["name"],
+        digest=record["digest"],
         schema=schema,
         origin=record["origin"],
         offsets=np.asarray(column("offsets")),
@@ -87,41 +84,147 @@ def load(path: str | Path) -> Sequences:
         features={f.name: column(f"{_FOLDER[f.level]}/{f.name}") for f in schema.features},
         path=path,
     )
-    if len(sequences.time) != sequences.events or sequences.offsets[-1] != sequences.events:
-        raise UserError(f"{path} is damaged: its event columns differ in length")
+    _check(sequences)
     return sequences
+
+
+def digest_of(path: str | Path) -> str:
+    """Twelve hex digits of a dataset folder's content, read from ``dataset.json`` alone.
+
+    Equal digits mean equal arrays under the same schema, wherever the folder lies and whatever its name. Original keys
+    and a synthetic world's truth do not count: nothing is trained or evaluated on them. Raises UserError as ``load``.
+    """
+    return _manifest(Path(path))["digest"]
+
+
+_KEYS: Mapping[str, type] = {
+    "name": str,
+    "digest": str,
+    "schema": dict,
+    "origin": int,
+    "has_requests": bool,
+}
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """The content of ``dataset.json``, every key of it there and of its type."""
+    file = path / "dataset.json"
+    if not file.is_file():
+        raise UserError(f"{path} is not a dataset folder: it has no dataset.json (make one with `genrec data import`)")
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{file} does not describe a dataset")
+    if record.get("format") != FORMAT:
+        raise UserError(
+            f"{file} has format {record.get('format')!r}; this version reads format {FORMAT}: make the dataset again"
+        )
+    for key, kind in _KEYS.items():
+        if not isinstance(record.get(key), kind):
+            raise UserError(f"{file} is damaged: key {key!r} is missing or not of type {kind.__name__}")
+    return record
+
+
+def _schema(record: Mapping[str, Any], path: Path) -> Schema:
+    try:
+        schema = Schema.from_json(record["schema"])
+        valid = isinstance(schema.items, int) and all(f.level in _FOLDER for f in schema.features)
+    except (KeyError, TypeError):
+        valid = False
+    if not valid:
+        raise UserError(f"{path / 'dataset.json'} is damaged: its schema is incomplete")
+    return schema
+
+
+def _check(sequences: Sequences) -> None:
+    """Refuses columns that do not fit together: a wrong gather would train on other users' events without a word."""
+    path, events, schema = sequences.path, sequences.events, sequences.schema
+    offsets = sequences.offsets
+    if offsets.ndim != 1 or not len(offsets) or offsets[0] != 0 or (np.diff(offsets) < 0).any():
+        raise UserError(f"{path} is damaged: its offsets do not ascend from 0")
+    columns = {"time": sequences.time, "labels": sequences.labels, "request": sequences.request}
+    lengths = {name: len(column) for name, column in columns.items() if column is not None}
+    if int(offsets[-1]) != events or any(length != events for length in lengths.values()):
+        raise UserError(f"{path} is damaged: its event columns differ in length")
+    if sequences.labels.shape != (events, len(schema.tasks)):
+        raise UserError(f"{path} is damaged: its labels do not have one column for each of {len(schema.tasks)} tasks")
+    sizes = {"user": sequences.users, "item": schema.items, "event": events}
+    for feature in schema.features:
+        if len(sequences.features[feature.name]) != sizes[feature.level]:
+            raise UserError(f"{path} is damaged: feature {feature.name!r} does not have one row per {feature.level}")
+    if events and not 1 <= int(sequences.item.min()) <= int(sequences.item.max()) < schema.items:
+        raise UserError(f"{path} is damaged: it has item ids outside 1 to {schema.items - 1}")
 
 
 @contextlib.contextmanager
 def writing(out: str | Path) -> Iterator[Path]:
-    """A scratch folder beside ``out`` that becomes ``out`` in one rename, or vanishes if anything fails."""
+    """A scratch folder beside ``out`` that becomes ``out`` in one rename, or vanishes if anything fails.
+
+    A dataset that is there already is deleted last: at every moment a complete one, old or new, is on disk.
+    """
     out = Path(out)
     if out.exists() and not (out / "dataset.json").is_file() and any(out.iterdir() if out.is_dir() else [out]):
         raise UserError(f"{out} exists and is not a dataset folder; nothing was written")
+    out = out.resolve()  # a link stays, and what it points to is replaced
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         yield scratch
-        if out.exists():
-            shutil.rmtree(out)
         os.chmod(scratch, 0o755)
-        os.rename(scratch, out)
+        _replace(out, scratch)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
 
 
+def _replace(out: Path, scratch: Path) -> None:
+    """Renames ``scratch`` to ``out``. A folder with content cannot be renamed over, so the old one steps aside."""
+    if not out.exists():
+        os.rename(scratch, out)
+        return
+    aside = scratch.with_name(f"{scratch.name}.old")
+    os.rename(out, aside)
+    try:
+        os.rename(scratch, out)
+    except BaseException:
+        os.rename(aside, out)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
 def write_manifest(folder: Path, *, name: str, schema: Schema, origin: int, has_requests: bool, source: dict) -> None:
-    """Writes ``dataset.json``; ``source`` is free provenance (files, mapping, counts)."""
+    """Writes ``dataset.json``; ``source`` is free provenance (files, mapping, counts).
+
+    Call it once every column is complete: it hashes them.
+    """
     record = {
         "format": FORMAT,
         "name": name,
+        "digest": _digest(folder, schema, origin),
         "schema": schema.to_json(),
         "origin": origin,
         "has_requests": has_requests,
         "source": source,
     }
     (folder / "dataset.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _digest(folder: Path, schema: Schema, origin: int) -> str:
+    """See :func:`digest_of`. The schema counts: the same bytes under another task's name are another dataset."""
+    said = json.dumps([schema.to_json(), origin], sort_keys=True)
+    digest = hashlib.sha256(said.encode())
+    names = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*.npy")}
+    for name in sorted(names):
+        if name.startswith(("keys/", "truth/")):
+            continue
+        # With its size a name cannot be taken for the end of the bytes before it.
+        digest.update(f"\n{name} {names[name].stat().st_size}\n".encode())
+        with names[name].open("rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                digest.update(chunk)
+    return digest.hexdigest()[:12]
 
 
 def save(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from genrec_jax.data.sequences import load
+from genrec_jax.data.sequences import Sequences, load
 
 _QUANTILES = (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)
 
@@ -28,7 +28,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         "items": data.schema.items - 1,
         "items_seen": len(np.unique(data.item)),
         "events": data.events,
-        "requests": None if data.request is None else len(np.unique(data.request)),
+        "requests": _requests(data),
         "tasks": {task: float(rate) for task, rate in zip(data.schema.tasks, rates, strict=True)},
         "features": [
             {"name": f.name, "level": f.level, "categories": f.vocab - 1, "width": f.width}
@@ -39,6 +39,16 @@ def describe(path: str | Path) -> dict[str, Any]:
         "days": (last - first) / 86_400,
         "history": {f"{q:g}": float(np.quantile(lengths, q)) for q in _QUANTILES},
     }
+
+
+def _requests(data: Sequences) -> int | None:
+    """Requests of all users: an id means nothing beyond its user, so runs of equal ids are counted user by user."""
+    if data.request is None:
+        return None
+    opens = np.ones(data.events, bool)
+    opens[1:] = data.request[1:] != data.request[:-1]
+    opens[data.offsets[:-1][np.diff(data.offsets) > 0]] = True
+    return int(opens.sum())
 
 
 def _utc(seconds: int) -> str:

@@ -12,6 +12,7 @@ from genrec_jax.config import Trial
 from genrec_jax.data.pipeline import TrainStream
 from genrec_jax.data.schema import Schema
 from genrec_jax.data.sequences import load
+from genrec_jax.errors import UserError
 from genrec_jax.models import registry
 from genrec_jax.models.base import Build
 from genrec_jax.models.registry import Model
@@ -44,9 +45,28 @@ class Account:
     activation_bytes: float
     memory_bytes: float
 
+    def after(self, steps: int) -> "Account":
+        """The account of a run that ended after ``steps`` steps."""
+        share = steps / self.steps
+        return dataclasses.replace(
+            self,
+            steps=steps,
+            rows=round(self.rows * share),
+            targets=round(self.targets * share),
+            train_flops=self.train_flops * share,
+        )
+
 
 def abstract_model(trial: Trial, schema: Schema) -> Model:
-    """The trial's model with shapes in place of parameters: it states its cost, and runs once parameters are bound."""
+    """The trial's model with shapes in place of parameters: it states its cost, and runs once parameters are bound.
+
+    Raises UserError for a ranker on a dataset without labels.
+    """
+    if trial.model.goal == "ranking" and not schema.tasks:
+        raise UserError(
+            f"model {trial.model.name!r} ranks by labels and the dataset has none: import it with --label, or use "
+            "hstu_retrieval"
+        )
     return nnx.eval_shape(lambda: _build(trial, schema, nnx.Rngs(0)))
 
 
@@ -95,20 +115,27 @@ def _memory(row: Cost, batch_rows: int) -> float:
     return 16.0 * (row.dense_params + row.embedding_params) + row.activation_bytes * batch_rows
 
 
+def plan_account(trial: Trial) -> Account:
+    """Counts a trial without allocating its parameters or touching a device.
+
+    Raises UserError for a missing dataset or impossible shape.
+    """
+    sequences = load(trial.data.path)
+    stream = TrainStream(sequences, trial.data, trial.model.rows, trial.train.batch_rows, seed=trial.seed)
+    return account(trial, abstract_model(trial, sequences.schema), stream)
+
+
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """For a dry run: training FLOPs, bytes, expected seconds on this machine, and the account behind them."""
+    """For a dry run: training FLOPs, bytes, and expected seconds on this machine."""
 
     flops: float
     memory_bytes: float
     seconds: float
-    account: Account
 
 
 def estimate(trial: Trial) -> Estimate:
-    """Counts a trial without allocating its parameters. Raises UserError for a missing dataset or impossible shape."""
-    sequences = load(trial.data.path)
-    stream = TrainStream(sequences, trial.data, trial.model.rows, trial.train.batch_rows, seed=trial.seed)
-    counts = account(trial, abstract_model(trial, sequences.schema), stream)
-    seconds = counts.train_flops / (_TYPICAL_UTILISATION * matmul_peak())
-    return Estimate(counts.train_flops, counts.memory_bytes, seconds, counts)
+    """As :func:`plan_account`, with a rough time from the matmul rate that it measures on the default device."""
+    counts = plan_account(trial)
+    seconds = counts.train_flops / (_TYPICAL_UTILISATION * matmul_peak(trial.train.precision))
+    return Estimate(counts.train_flops, counts.memory_bytes, seconds)

@@ -37,9 +37,9 @@ def train(trial: Trial, run_dir: Path, *, on_progress: Progress | None = None) -
     times the first one logged, ends the run with status "diverged". Raises UserError for unusable data.
     """
     started = time.perf_counter()
-    run_dir.mkdir(parents=True, exist_ok=True)
     sequences = load(trial.data.path)
     model = abstract_model(trial, sequences.schema)
+    run_dir.mkdir(parents=True, exist_ok=True)
     stream = TrainStream(sequences, trial.data, trial.model.rows, trial.train.batch_rows, seed=trial.seed)
     counts = account(trial, model, stream)
     write_json(run_dir / "config.json", trial.to_json())
@@ -47,6 +47,7 @@ def train(trial: Trial, run_dir: Path, *, on_progress: Progress | None = None) -
     board.hparams(_flat(trial.to_json()))
     run = _Run(trial, run_dir, model, init_params(trial, sequences.schema), stream, counts, board, on_progress)
     state, status = run.fit()
+    counts = counts.after(run.steps)
     result: dict[str, Any] = {"status": status, **dataclasses.asdict(counts)}
     if status == "done":
         result |= _evaluate(trial, sequences, model, state)
@@ -101,6 +102,7 @@ class _Run:
         self.counts = counts
         self.board = board
         self.on_progress = on_progress
+        self.steps = 0
         self.train_seconds = 0.0
         self.compile_seconds = 0.0
         self.earlier_wall_seconds = 0.0
@@ -118,6 +120,7 @@ class _Run:
         restored = checkpoints.restore(self._state)
         if restored is not None:
             first, self._state, record = restored
+            self.steps = first
             batches.set_state(record["stream"])
             self.train_seconds = record["train_seconds"]
             self.earlier_wall_seconds = record["wall_seconds"]
@@ -126,6 +129,7 @@ class _Run:
         try:
             status = self._steps(first, batches, log, checkpoints)
         finally:
+            self.stream.close()
             log.close()
             checkpoints.close()
         return self._state, status
@@ -140,13 +144,14 @@ class _Run:
                 step_fn = self._compile(batch)
                 marked = time.perf_counter()
             self._state, metrics = step_fn(self._state, batch)
+            self.steps = step
             last = step == self.counts.steps
             if step % train.log_every == 0 or last:
                 loss = float(metrics["loss"])
                 now = time.perf_counter()
                 self.train_seconds += now - marked
                 self._log(log, step, loss, float(metrics["grad_norm"]), (step - since) / max(now - marked, 1e-9))
-                since, marked = step, now
+                since, marked = step, time.perf_counter()
                 if self._diverged(loss):
                     return "diverged"
             if step % train.checkpoint_every == 0 or last:

@@ -1,6 +1,7 @@
 """The files of a trial's folder: written whole or not at all, so that a killed run leaves nothing false behind."""
 
 import json
+import math
 import os
 from importlib import metadata
 from pathlib import Path
@@ -29,7 +30,8 @@ class MetricsLog:
         self._file = path.open("a", encoding="utf-8")
 
     def add(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
+        finite = {key: value if math.isfinite(value) else None for key, value in record.items()}
+        self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
 
     def close(self) -> None:

@@ -100,6 +100,7 @@ def test_bad_commands_are_one_sentence(log: Path, tmp_path: Path, capsys: pytest
         (["report", missing, "--out", out], "missing"),
         (["bench", "nope"], "nope"),
         (["train", "--model", "dlrm", "--out", out], "--data"),
+        (["data", "synthetic", "--preset", "tiny", "--out", log / "below-a-file"], "log.csv"),
     ]
     for args, named in cases:
         assert named in fails(capsys, *args), args

@@ -41,7 +41,7 @@ def test_dry_run_prints_every_trial_and_the_totals(capsys: pytest.CaptureFixture
 
 
 def test_cost_is_the_flops() -> None:
-    assert [one.cost for one in with_cost(plan(2), estimate)] == [8e12, 9e12]
+    assert [one.cost for one in with_cost(plan(2), lambda trial: estimate(trial).flops)] == [8e12, 9e12]
 
 
 @pytest.mark.parametrize(

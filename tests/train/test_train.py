@@ -9,11 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.plugins.hparams import plugin_data_pb2
+from tensorboard.util import tensor_util
 
 from genrec_jax import metrics
 from genrec_jax.config import TrainConfig, Trial, default_trial, override
 from genrec_jax.data.pipeline import evaluation_batches
-from genrec_jax.data.sequences import Sequences
+from genrec_jax.data.schema import Schema
+from genrec_jax.data.sequences import Sequences, save
 from genrec_jax.errors import UserError
 from genrec_jax.train import loop
 from genrec_jax.train.checkpoint import Checkpoints
@@ -157,7 +161,23 @@ def test_result_is_complete_and_consistent(sequences: Sequences, tmp_path: Path)
     assert result["steps"] * 8 == result["rows"]
     for key in ("ne/click", "auc/like", "gauc", "ne", "validation/ne", "eval_set", "base_rate/click"):
         assert key in result
-    assert list((tmp_path / "run/tensorboard").glob("events*"))
+
+
+def test_tensorboard_holds_scalars_and_hparams(sequences: Sequences, tmp_path: Path) -> None:
+    result = loop.train(trial_of(sequences), tmp_path / "run")
+    (file,) = (tmp_path / "run/tensorboard").glob("events*")
+    found = list(EventFileLoader(str(file)).Load())
+    scalars = {(v.tag, event.step): v for event in found for v in event.summary.value}
+    losses = {step for tag, step in scalars if tag == "loss"}
+    assert losses == {2, 4, 6, 8, 10, 12}
+    assert {"mfu", "examples_per_second", "achieved_flops", "grad_norm"} <= {tag for tag, _ in scalars}
+    assert tensor_util.make_ndarray(scalars["auc", 12].tensor).item() == pytest.approx(result["auc"], rel=1e-6)
+    (start,) = [v for event in found for v in event.summary.value if v.tag == "_hparams_/session_start_info"]
+    hparams = plugin_data_pb2.HParamsPluginData.FromString(
+        start.metadata.plugin_data.content
+    ).session_start_info.hparams
+    assert hparams["train.learning_rate"].number_value == pytest.approx(1e-3)
+    assert hparams["model.name"].string_value == "dlrm"
 
 
 def test_a_diverging_trial_stops_early_and_says_so(sequences: Sequences, tmp_path: Path) -> None:
@@ -170,7 +190,9 @@ def test_a_diverging_trial_stops_early_and_says_so(sequences: Sequences, tmp_pat
     assert "ne" not in result
     last = json.loads((tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     assert last["step"] < 400
-    assert not math.isfinite(last["loss"]) or last["loss"] > 1.0
+    assert last["loss"] is None or last["loss"] > 1.0
+    assert result["steps"] == last["step"]
+    assert result["train_flops"] == pytest.approx(estimate(trial).flops * last["step"] / 400)
 
 
 def test_bfloat16_trains_with_float32_state(sequences: Sequences) -> None:
@@ -216,6 +238,22 @@ def test_retrieval_trial_reports_ranks(sequences: Sequences, tmp_path: Path) -> 
     result = loop.train(trial, tmp_path / "run")
     assert 0 <= result["hr@10"] <= result["hr@50"] <= 1
     assert result["targets"] > result["rows"]
+
+
+def test_a_ranker_needs_labels(tmp_path: Path) -> None:
+    unlabelled = save(
+        tmp_path / "log",
+        name="unlabelled",
+        schema=Schema(items=5, tasks=()),
+        origin=0,
+        offsets=np.array([0, 40]),
+        item=np.arange(40) % 4 + 1,
+        time=np.arange(40),
+        labels=np.zeros((40, 0)),
+    )
+    with pytest.raises(UserError, match=r"'dlrm' ranks by labels and the dataset has none"):
+        loop.train(trial_of(unlabelled), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_missing_dataset_is_one_sentence(tmp_path: Path) -> None:

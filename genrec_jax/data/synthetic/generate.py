@@ -37,7 +37,7 @@ _MINIMUM_GAP = 30
 def generate(
     world: World, out: str | Path, *, processes: int = 1, shard: int = 0, shards: int = 1, floor_requests: int = 4096
 ) -> Sequences:
-    """Writes the users of one shard (of all, by default) to the dataset folder ``out`` and opens it.
+    """Writes the users of one shard (of all, by default) to the dataset folder ``out``, whose name it takes.
 
     Shards are contiguous runs of user blocks with the same items, types and tables; put end to end, they are the
     unsharded world. processes: how many write blocks at once; the result does not depend on it. floor_requests: floors
@@ -65,7 +65,8 @@ def generate(
             with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
                 list(pool.map(write, jobs))
         source = {"synthetic": world.to_json(), "shard": shard, "shards": shards}
-        write_manifest(folder, name="synthetic", schema=schema(world), origin=_ORIGIN, has_requests=True, source=source)
+        name = Path(out).name
+        write_manifest(folder, name=name, schema=schema(world), origin=_ORIGIN, has_requests=True, source=source)
         record: dict[str, Any] = {"world": world.to_json(), "shard": shard, "shards": shards}
         (folder / "truth.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         if floor_requests:
