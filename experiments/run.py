@@ -29,6 +29,7 @@ def run_named(
     from experiments.launch import run_study
     from experiments.truth import write_references
     from genrec_jax.data.catalog import load_any
+    from genrec_jax.data.sequences import digest_of
     from genrec_jax.train.estimate import estimate, plan_account
     from genrec_jax.train.record import write_json
 
@@ -37,7 +38,7 @@ def run_named(
         raise UserError(f"unknown study {name!r}; there is: {', '.join(sorted(known))}")
     study = known[name]
     folder = load_any(data, quiet=quiet)
-    planned = study.trials(str(folder), budget)
+    planned = study.trials(str(folder), budget, digest_of(folder))
     if dry_run:
         print_plan(planned, estimate, workers=workers)
         return 0
@@ -57,7 +58,7 @@ def run_named(
 def write_report(runs: Sequence[Path], out: Path) -> None:
     """Writes one page for study folders or tables; a single study lends the page its title and question."""
     import scaling
-    from experiments.truth import held_against_truth, read_references
+    from experiments.truth import read_references
 
     title, summary, metric = "Scaling report", "", None
     heading = read_record(runs[0] / "study.json") if len(runs) == 1 else None
@@ -73,6 +74,6 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
         y=metric,
         assets_dir=out.with_name(f"{out.stem}_figures"),
     )
-    for line in held_against_truth(analysis, references):
+    for line in scaling.held_against_truth(analysis, references):
         print(line)
     print(f"report {out}")

@@ -50,15 +50,15 @@ class Study:
     axis: str
     base: Mapping[str, Any] = field(default_factory=dict)
 
-    def trials(self, data_path: str, budget: Budget) -> list[PlannedTrial]:
-        """The resolved trials of a budget on a dataset folder.
+    def trials(self, data_path: str, budget: Budget, digest: str = "") -> list[PlannedTrial]:
+        """The resolved trials of a budget on a dataset folder whose content has the given digest.
 
         Raises UserError for an unknown budget or key, for a key set twice, and for two points of the same name.
         """
         if budget not in self.points:
             known = ", ".join(b for b in get_args(Budget) if b in self.points)
             raise UserError(f"study {self.name!r} has no budget {budget!r}; it has: {known}")
-        shared = {**self.base, "data.path": data_path}
+        shared = {**self.base, "data.path": data_path, "data.digest": digest}
         planned = [self._plan(point, shared) for point in self.points[budget]]
         seen: set[str] = set()
         for one in planned:

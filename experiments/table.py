@@ -91,7 +91,11 @@ def _settings(config: Mapping[str, Any]) -> Row:
     """
     plain = {key.partition(".")[2]: value for key, value in config.items() if key.startswith(("data.", "train."))}
     sizes = {key: value for key, value in config.items() if key.startswith("model.")}
-    return {key: value for key, value in plain.items() if key not in ("path", "steps")} | sizes | {"decay": "cosine"}
+    return (
+        {key: value for key, value in plain.items() if key not in ("path", "digest", "steps", "eval_impressions")}
+        | sizes
+        | {"decay": "cosine"}
+    )
 
 
 def _order(axis_value: Any) -> tuple[int, float, str]:

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from experiments.folder import lock, read_record, read_result
 from genrec_jax.config import Trial, default_trial, override, trial_from_json
 from genrec_jax.data.catalog import load_any
+from genrec_jax.data.sequences import digest_of
 from genrec_jax.errors import UserError
 
 
@@ -27,7 +28,8 @@ def parse_settings(settings: Sequence[str]) -> dict[str, str]:
 def train_command(data: Path, model: str, settings: Sequence[str], out: Path, *, quiet: bool) -> None:
     """Trains (or resumes) the trial and prints its result."""
     trial = override(default_trial(model), parse_settings(settings))
-    trial = override(trial, {"data.path": str(load_any(data, quiet=quiet))})
+    folder = load_any(data, quiet=quiet)
+    trial = override(trial, {"data.path": str(folder), "data.digest": digest_of(folder)})
     earlier = _earlier(trial, out)
     if earlier is not None:
         _show(earlier)

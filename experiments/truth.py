@@ -2,9 +2,8 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from experiments.study import PlannedTrial
 from genrec_jax.config import DataConfig
@@ -58,24 +57,3 @@ def read_references(folders: Sequence[Path]) -> list[Reference]:
                 reference = Reference(**record)
                 found[reference.name, reference.metric, reference.dataset, reference.value] = reference
     return list(found.values())
-
-
-def held_against_truth(analysis: Mapping[str, Any], references: Sequence[Reference]) -> list[str]:
-    """One line per panel, family and known floor: the constant of power law plus constant, its interval, the truth."""
-    floors = [r for r in references if r.metric == analysis["metric"] and r.name.startswith("Bayes")]
-    lines = []
-    for panel in analysis["panels"]:
-        for family in panel["families"]:
-            fit = family["fits"].get("power_const")
-            interval = (fit or {}).get("intervals")
-            if fit is None or not interval:
-                continue
-            low, high = interval["c"]
-            for floor in floors:
-                where = "inside" if low <= floor.value <= high else "above" if floor.value > high else "below"
-                known = f"{floor.name} {floor.value:.4f} is {where}"
-                lines.append(
-                    f"{panel['axis'] or panel['x']}, {family['name']}: fitted irreducible {analysis['metric']} "
-                    f"{fit['params']['c']:.4f} (95 % {low:.4f} to {high:.4f}); {known}"
-                )
-    return lines

@@ -234,8 +234,8 @@ def _check_ranges(trial: Trial) -> None:
             if not math.isfinite(number):
                 raise UserError(f"configuration key {key!r} must be finite, not {number}")
             largest = _LARGEST.get(key, _LARGEST_INT if isinstance(number, int) else _LARGEST_FLOAT)
-            if abs(number) > largest:
-                raise UserError(f"configuration key {key!r} must be at most {largest:g}, not {number}")
+            if number > largest:
+                raise UserError(f"configuration key {key!r} must be at most {largest}, not {number}")
 
 
 def _parts(trial: Trial) -> tuple[tuple[str, Any], ...]:

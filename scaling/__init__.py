@@ -6,6 +6,7 @@ from scaling.plots import Reference
 from scaling.report import write_report
 from scaling.study import Analysis, analyse
 from scaling.table import Table, TableError, read_table
+from scaling.truth import held_against_truth
 
 __all__ = [
     "Analysis",
@@ -17,6 +18,7 @@ __all__ = [
     "bootstrap_nd",
     "fit_command",
     "fit_nd",
+    "held_against_truth",
     "intervals_nd",
     "read_table",
     "report_command",

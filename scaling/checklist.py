@@ -17,6 +17,7 @@ from scaling.style import number
 from scaling.table import Table
 
 NOT_RECORDED = "not recorded"
+_MAX_WIDTHS = 8
 
 
 def checklist(analysis: Analysis, table: Table) -> list[tuple[str, str]]:
@@ -30,7 +31,7 @@ def checklist(analysis: Analysis, table: Table) -> list[tuple[str, str]]:
         ("Parameter counts and FLOP formula", _counting(table)),
         (
             "Learning rate, batch, warm-up, decay",
-            _columns(table, "learning_rate", "embedding_learning_rate", "batch_rows", "warmup", "decay", "precision"),
+            _schedule(table),
         ),
         ("Loss space, weights, optimiser", _estimation(families)),
         ("Parameters with intervals; conditioning", _conditioning(families)),
@@ -54,6 +55,23 @@ def _where(panel: Panel, family: FamilyResult, several: bool) -> str:
 
 def _columns(table: Table, *names: str) -> str:
     return _sentence("; ".join(f"{name.replace('_', ' ')}: {_values(table, name)}" for name in names))
+
+
+def _schedule(table: Table) -> str:
+    names = ("learning_rate", "embedding_learning_rate", "batch_rows", "warmup", "decay", "precision")
+    text = _columns(table, *names)
+    if not table.has("learning_rate"):
+        return text
+    return f"{text}{_rate_by_width(table)}. How it was set: by the study's rule or flags; see the table of trials."
+
+
+def _rate_by_width(table: Table) -> str:
+    """The learning rates of each model width, where the table records widths and they are few."""
+    pairs = list(zip(table.text("model.width"), table.text("learning_rate")))
+    rates = {width: ", ".join(dict.fromkeys(r for w, r in pairs if w == width and r)) for width, _ in pairs if width}
+    if not 1 < len(rates) <= _MAX_WIDTHS:
+        return ""
+    return "; learning rate by width: " + "; ".join(f"{width}: {rate}" for width, rate in rates.items())
 
 
 def _values(table: Table, name: str) -> str:
@@ -84,7 +102,7 @@ def _range(table: Table, name: str, label: str) -> str:
 def _forms(named: Sequence[tuple[str, FamilyResult]]) -> str:
     tried = ", ".join(EQUATIONS.values())
     chosen = [f"{name}: {family.chosen or 'none'}" for name, family in named]
-    rule = "lowest AICc; within 2 of it the lowest held-out error; then fewer parameters"
+    rule = "lowest AICc; within 2 of it the lowest held-out error on shared cuts; then fewer parameters"
     return f"Tried {tried}. Rule: {rule}. Chosen: {'; '.join(chosen)}. Errors of each are in the table of fits."
 
 
@@ -151,10 +169,28 @@ def _held_out(named: Sequence[tuple[str, FamilyResult]]) -> str:
 def _data(analysis: Analysis, table: Table) -> str:
     rates = [c for c in table.columns if c.startswith("base_rate/") and table.has(c)]
     base = "; ".join(f"{c}: {_values(table, c)}" for c in rates) or f"base rate: {NOT_RECORDED}"
+    # The impressions that were scored; `eval_impressions` is only the limit that was asked for.
+    impressions = _values(table, "impressions" if table.has("impressions") else "eval_impressions")
+    metrics = ", ".join(dict.fromkeys(panel.metric for panel in analysis.panels))
     return (
-        f"Dataset: {_values(table, 'dataset')}; evaluation set: {_values(table, 'eval_set')}; impressions: "
-        f"{_values(table, 'eval_impressions')}; metric: {analysis.metric}; {base}."
+        f"Dataset: {_values(table, 'dataset')}; split: {_split(table)}; evaluation set: "
+        f"{_values(table, 'eval_set')}; impressions: {impressions}; metric: {metrics}; {base}."
     )
+
+
+def _split(table: Table) -> str:
+    """The rule of the split: ranking is split at global times by share, retrieval leaves each user's last event out."""
+    if not (table.has("validation") and table.has("test")):
+        return NOT_RECORDED
+    shares = f"global time, validation share {_values(table, 'validation')}, test share {_values(table, 'test')}"
+    retrieval = [_is_retrieval(metric) for metric in table.metrics()]
+    if not any(retrieval):
+        return shares
+    return "leave-last-out" if all(retrieval) else f"ranking: {shares}; retrieval: leave-last-out"
+
+
+def _is_retrieval(metric: str) -> bool:
+    return "@" in metric or metric.startswith("mrr")
 
 
 def _noise(families: Sequence[FamilyResult], table: Table) -> str:

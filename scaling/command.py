@@ -18,36 +18,15 @@ def fit_command(
     x: str = "train_flops",
     group: str = "family",
     out: Path | None = None,
-    *,
-    form: str = "auto",
-    base: str | None = None,
-    frontier: bool = False,
-    predict_at: Sequence[float] = (),
-    n_boot: int = 1000,
-    seed: int = 0,
 ) -> dict[str, object]:
     """Fit the laws of one or more results tables and return them as plain data, also written to `out` if given.
 
-    `y` is the metric (None: the default one); the other arguments are those of `scaling.study.analyse`.
+    `y` is the metric (None: each section's default one); `x` and `group` are those of `scaling.study.analyse`.
 
     Raises:
         TableError: a table cannot be used; nothing is written.
-        ValueError: an unknown form.
     """
-    analysis = analyse(
-        read_table(list(tables)),
-        y,
-        x=x,
-        group=group,
-        form=form,
-        base=base,
-        frontier=frontier,
-        predict_at=predict_at,
-        n_boot=n_boot,
-        seed=seed,
-        axes=x == "train_flops",
-    )
-    result = analysis.to_json()
+    result = analyse(read_table(list(tables)), y, x=x, group=group).to_json()
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         part = out.with_name(out.name + ".part")

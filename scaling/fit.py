@@ -147,7 +147,8 @@ def fit_forms(points: Points, *, loss: bool, forms: Sequence[str] = laws.FORMS) 
 
 
 def choose(fits: dict[str, CurveFit]) -> str:
-    """The form to headline: lowest AICc; within 2 of it, the lowest held-out error; then the fewest parameters.
+    """The form to headline: lowest AICc; within 2 of it, the lowest held-out error on the cuts they share; then
+    the fewest parameters.
 
     A degenerate "power + constant" is never chosen over the log-linear law it equals. Without a finite AICc (too few
     configurations) the first two-parameter form wins.
@@ -158,12 +159,18 @@ def choose(fits: dict[str, CurveFit]) -> str:
         return min(sound, key=lambda name: laws.N_PARAMS[name])
     best = min(fit.aicc for fit in finite.values())
     tied = {name: fit for name, fit in finite.items() if fit.aicc <= best + _AICC_TIE}
+    errors = shared_held_out(tied)
+    return min(tied, key=lambda name: (errors[name], laws.N_PARAMS[name]))
 
-    def rank(name: str) -> tuple[float, int]:
-        error = tied[name].held_out_mape
-        return (error if math.isfinite(error) else math.inf, laws.N_PARAMS[name])
 
-    return min(tied, key=rank)
+def shared_held_out(fits: dict[str, CurveFit]) -> dict[str, float]:
+    """Each form's mean held-out error (%) over the cuts all of them were scored at; infinite where they share none.
+
+    A form with fewer parameters is also scored at earlier, harder cuts, which would count against it alone.
+    """
+    shared = set.intersection(*({cut.cut for cut in fit.held_out} for fit in fits.values()))
+    errors = {name: [cut.mape for cut in fit.held_out if cut.cut in shared] for name, fit in fits.items()}
+    return {name: float(np.mean(own)) if own else math.inf for name, own in errors.items()}
 
 
 def jacobian(curves: Curves, x: FloatArray) -> FloatArray:
@@ -261,11 +268,13 @@ def _roll(points: Points, form: str, loss: bool) -> list[HeldOut]:
     if np.any(y == 0):
         return []
     distinct = np.unique(points.x)
-    first = laws.N_PARAMS[form] + 1  # one point more than parameters, or the fit below the cut is an interpolation
-    cuts = distinct[first:]
+    # Every form draws from one list of cuts, so that their errors share cuts to be compared on.
+    cuts = distinct[min(laws.N_PARAMS.values()) + 1 :]
     if len(cuts) > _MAX_CUTS:
         cuts = cuts[np.unique(np.linspace(0, len(cuts) - 1, _MAX_CUTS).round().astype(int))]
-    return [_held_out(points.x, y, form, float(cut), loss) for cut in cuts]
+    # One point more than parameters, or the fit below the cut is an interpolation.
+    fewest = laws.N_PARAMS[form] + 1
+    return [_held_out(points.x, y, form, float(cut), loss) for cut in cuts if np.sum(distinct < cut) >= fewest]
 
 
 def _held_out(x: FloatArray, y: FloatArray, form: str, cut: float, loss: bool) -> HeldOut:

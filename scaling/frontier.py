@@ -51,8 +51,9 @@ class Ratio:
 class Comparison:
     """Base against new: ratio over quality, difference in metric per decade of x, and where the curves cross.
 
-    `slope_range` is the x range both cover; `slopes` are (base, new) per decade over it; `crossing` is the x at which
-    new overtakes base (or the reverse) inside the union of both ranges, `crossing_share` the share of draws that cross.
+    `slope_range` is the x range both cover; `slopes` are (base, new) per decade over it. `crossings` counts how often
+    the curves cross inside that range; `crossing` is the x of the first, `crossing_interval` its interval, and
+    `crossing_share` the share of draws that cross there at all.
     """
 
     ratio: Ratio
@@ -60,6 +61,7 @@ class Comparison:
     slopes: Interval | None
     slope_difference: float | None
     slope_interval: Interval | None
+    crossings: int
     crossing: float | None
     crossing_interval: Interval | None
     crossing_share: float | None
@@ -107,18 +109,20 @@ def compare(base: Family, new: Family) -> Comparison:
     """All comparisons of two families fitted to the same metric on the same x."""
     slope_range = _common(base, new)
     slopes = difference = slope_interval = None
+    crossings, crossing, crossing_interval, share = 0, None, None, None
     if slope_range is not None:
         slopes = _steepness(base, slope_range), _steepness(new, slope_range)
         difference = slopes[1] - slopes[0]
         if base.boot is not None and new.boot is not None:
             slope_interval = interval(_slope(new.boot.draws, slope_range) - _slope(base.boot.draws, slope_range))
-    crossing, crossing_interval, share = _crossing(base, new)
+        crossings, crossing, crossing_interval, share = _crossing(base, new, slope_range)
     return Comparison(
         ratio=compute_ratio(base, new),
         slope_range=slope_range,
         slopes=slopes,
         slope_difference=difference,
         slope_interval=slope_interval,
+        crossings=crossings,
         crossing=crossing,
         crossing_interval=crossing_interval,
         crossing_share=share,
@@ -163,18 +167,23 @@ def _difference(base: FloatArray, new: FloatArray) -> FloatArray:
     return np.where(never, 0.0, np.where(never, 0.0, base) - np.where(never, 0.0, new))
 
 
-def _crossing(base: Family, new: Family) -> tuple[float | None, Interval | None, float | None]:
-    ends = [f.points.x for f in (base, new)]
-    grid = np.geomspace(min(x.min() for x in ends), max(x.max() for x in ends), 400)
-    points = _first_zero(new.fit.curves.at(grid) - base.fit.curves.at(grid), grid)
-    crossing = float(points[0]) if np.isfinite(points[0]) else None
+def _crossing(base: Family, new: Family, ends: Interval) -> tuple[int, float | None, Interval | None, float | None]:
+    """How often the curves cross inside `ends`, the first crossing, its interval and the share of draws that cross."""
+    grid = np.geomspace(*ends, 400)
+    level = new.fit.curves.at(grid)
+    gap = level - base.fit.curves.at(grid)
+    # Curves that coincide differ by rounding alone, whose signs are no crossings.
+    apart = np.abs(gap[0]) > 1e-12 * np.abs(level[0]).max()
+    gap = gap[:, apart]
+    count = int(np.count_nonzero(np.diff(np.signbit(gap[0]))))
+    crossing = float(_first_zero(gap, grid[apart])[0]) if count else None
     if base.boot is None or new.boot is None:
-        return crossing, None, None
+        return count, crossing, None, None
     draws = _first_zero(new.boot.draws.at(grid) - base.boot.draws.at(grid), grid)
     found = draws[np.isfinite(draws)]
     share = len(found) / len(draws)
     # An interval over few crossing draws would describe the exception: it is given only when most draws cross.
-    return crossing, interval(found) if crossing is not None and share >= 0.5 else None, share
+    return count, crossing, interval(found) if crossing is not None and share >= 0.5 else None, share
 
 
 def _first_zero(gap: FloatArray, grid: FloatArray) -> FloatArray:

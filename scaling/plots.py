@@ -58,7 +58,11 @@ class Reference:
 
     def applies(self, panel: Panel) -> bool:
         """True where the panel shows this reference's metric and dataset."""
-        return self.metric == panel.metric and self.dataset in {"", panel.dataset}
+        return self.matches(panel.metric, panel.dataset)
+
+    def matches(self, metric: str, dataset: str) -> bool:
+        """True for this metric and dataset; an unnamed dataset, on either side, is taken to match."""
+        return self.metric == metric and (not self.dataset or not dataset or self.dataset == dataset)
 
 
 def metric_name(metric: str) -> str:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from scaling.checklist import checklist
 from scaling.frontier import Comparison
 from scaling.laws import N_PARAMS
@@ -26,11 +28,13 @@ from scaling.plots import (
     x_name,
     x_symbol,
 )
-from scaling.study import Analysis, FamilyResult, Panel, analyse, default_metric, done
+from scaling.study import Analysis, FamilyResult, Panel, analyse, done, higher_is_better, sections
 from scaling.style import FamilyStyle, Plot, equation, family_styles, number, tick
-from scaling.table import METRIC, NUMERIC, Table, parse_number
+from scaling.table import Table, TableError, parse_number
+from scaling.truth import Verdict, verdicts
 
 _COMPACT_ROOTS = ("ne", "auc", "gauc")
+_NAMES = frozenset({"trial", "study", "family", "label", "dataset", "eval_set"})
 _FORM_NAMES = {"loglin": "log-linear", "power": "power law", "power_const": "power law + constant"}
 
 
@@ -58,7 +62,8 @@ def write_report(
         title: the page's heading.
         summary: plain text under the heading; blank lines separate paragraphs.
         references: known values to draw and to compare fitted constants with.
-        metric: the headline metric, `default_metric` if None; the others get compact figures.
+        metric: the headline metric, each section's `default_metric` if None or absent there; the others get compact
+            figures.
         x: the column the metric is explained by.
         group: the column whose values are the families.
         form: "auto" or one form for every family.
@@ -73,12 +78,13 @@ def write_report(
     Raises:
         TableError: the table cannot be analysed; nothing is written.
     """
-    main = metric or default_metric(table)
-    analysis = analyse(table, main, x=x, group=group, form=form, base=base, n_boot=n_boot, seed=seed)
-    others = [
-        analyse(table, name, x=x, group=group, form=form, base=base, n_boot=n_boot, seed=seed, axes=False)
-        for name in compact_metrics(table, main)
-    ]
+    analysis = analyse(table, metric, x=x, group=group, form=form, base=base, n_boot=n_boot, seed=seed)
+    others = []
+    for name in compact_metrics(table, analysis):
+        other = analyse(
+            table, name, x=x, group=group, form=form, base=base, n_boot=n_boot, seed=seed, axes=False, fallback=False
+        )
+        others.append(_without_headlines(other, analysis))
     builder = _Builder(analysis, others, table, references)
     page = document(title, builder.body(title, summary))
     _write(out_html, page)
@@ -91,14 +97,32 @@ def write_report(
     return analysis
 
 
-def compact_metrics(table: Table, main: str) -> list[str]:
-    """The other metrics worth a small figure: NE, AUC, GAUC (mean and per task) and the retrieval metrics."""
-    usable = table.where(done(table))
-    return [
-        name
-        for name in usable.metrics()
-        if name != main and (name.partition("/")[0] in _COMPACT_ROOTS or "@" in name or name.startswith("mrr"))
-    ]
+def compact_metrics(table: Table, analysis: Analysis) -> list[str]:
+    """What deserves a small figure where it is not the headline: NE, AUC, GAUC (mean, per task), retrieval metrics."""
+    shown = {_place(panel) for panel in analysis.panels}
+    usable = table.where(done(table) & (table.numbers(analysis.x) > 0))
+    found: set[str] = set()
+    for study, dataset, part in sections(usable):
+        found |= {name for name in part.metrics() if (study, dataset, name) not in shown and _finite(part, name)}
+    return [name for name in usable.metrics() if name in found and _is_compact(name)]
+
+
+def _is_compact(name: str) -> bool:
+    return name.partition("/")[0] in _COMPACT_ROOTS or "@" in name or name.startswith("mrr")
+
+
+def _finite(table: Table, name: str) -> bool:
+    return bool(np.isfinite(table.numbers(name)).any())
+
+
+def _place(panel: Panel) -> tuple[str, str, str]:
+    return panel.study, panel.dataset, panel.metric
+
+
+def _without_headlines(other: Analysis, main: Analysis) -> Analysis:
+    """The analysis without the panels that the page already shows in full."""
+    shown = {_place(panel) for panel in main.panels}
+    return replace(other, panels=tuple(panel for panel in other.panels if _place(panel) not in shown))
 
 
 def _write(path: Path, text: str) -> None:
@@ -117,6 +141,7 @@ class _Builder:
     ) -> None:
         self.analysis, self.others, self.table, self.references = analysis, others, table, references
         self.plots: list[Plot] = []
+        self.verdicts = verdicts(analysis, references)
         names = dict.fromkeys(f.name for panel in analysis.panels for f in panel.families)
         base = next((b for panel in analysis.panels if (b := base_name(panel))), None)
         self.styles: dict[str, FamilyStyle] = family_styles(list(names), base)
@@ -126,12 +151,11 @@ class _Builder:
         paragraphs = "".join(f"<p>{esc(part)}</p>" for part in summary.split("\n\n") if part.strip())
         parts = [
             f'<header><h1>{esc(title)}</h1>{paragraphs}<p class="lead">Trials: {esc(trials)}. Main metric: '
-            f"{esc(metric_name(self.analysis.metric))}, {'higher' if self.analysis.rising else 'lower'} is better."
-            "</p></header>",
+            f"{esc(_main_metrics(self.analysis))}.</p></header>",
             '<nav aria-label="Sections"><a href="#laws">Laws</a><a href="#fits">Fits</a>'
             '<a href="#checklist">Checklist</a><a href="#trials">Trials</a></nav>',
             '<section id="laws">',
-            *(self._panel(panel) for panel in self.analysis.panels),
+            *(self._panel(i, panel) for i, panel in enumerate(self.analysis.panels)),
             "</section>",
             self._compact(),
             f'<section id="fits"><h2>All fits</h2>{self._fits()}</section>',
@@ -146,14 +170,14 @@ class _Builder:
         self.plots.append(plot)
         return figure_html(plot, f"fig{len(self.plots)}")
 
-    def _panel(self, panel: Panel) -> str:
+    def _panel(self, index: int, panel: Panel) -> str:
         name = " · ".join(esc(word) for word in (panel.study, panel.dataset) if word) or "Results"
         heading = f"<h2>{name}</h2>" if panel.axis is None else f"<h3>{name}: along {esc(x_name(panel))}</h3>"
         law = self._figure(law_figure(panel, references=self.references, styles=self.styles))
         cards = "".join(self._card(family, panel) for family in panel.families)
-        parts = [heading, f'<div class="cards">{cards}</div>' if panel.axis is None else "", law]
+        parts = [heading, f'<div class="cards">{cards}</div>' if panel.axis is None else "", law, self._truths(index)]
         if panel.axis is None:
-            parts += [self._truths(panel), self._figure(ratio_figure(panel, self.styles))]
+            parts.append(self._figure(ratio_figure(panel, self.styles)))
             parts += [_comparison_html(c, panel) for c in panel.comparisons]
             small = [residual_figure(panel, self.styles), held_out_figure(panel, self.styles)]
             parts.append('<div class="pair">' + "".join(self._figure(plot) for plot in small) + "</div>")
@@ -185,12 +209,9 @@ class _Builder:
         lines.append(f"<p>{len(points)} configurations, {points.n_runs} runs</p>")
         return f'<div class="card" style="--c:{colour}"><h3>{esc(family.name)}</h3>{"".join(lines)}</div>'
 
-    def _truths(self, panel: Panel) -> str:
-        """Known irreducible values against the fitted constants c, with a verdict for each family."""
-        rows = []
-        for reference in (r for r in self.references if r.applies(panel)):
-            for family in panel.families:
-                rows.append(("", [(text, "") for text in _truth_row(reference, family)]))
+    def _truths(self, index: int) -> str:
+        """Known irreducible values against the fitted constants c of one panel, with a verdict for each family."""
+        rows = [("", [(text, "") for text in _truth_row(v)]) for v in self.verdicts if v.panel == index]
         if not rows:
             return ""
         headers = [
@@ -222,7 +243,7 @@ class _Builder:
         for panel in other.panels:
             plot = law_figure(panel, references=self.references, styles=self.styles, compact=True)
             words = " · ".join(word for word in (panel.study, panel.dataset) if word)
-            if len(other.panels) > 1:
+            if len({_place(main)[:2] for main in self.analysis.panels}) > 1:
                 plot = replace(plot, title=f"{metric_name(panel.metric)}: {words}")
             figures.append(self._figure(plot))
         return "".join(figures)
@@ -266,7 +287,8 @@ class _Builder:
                     ]
                     rows.append(("chosen" if form == family.chosen else "", [(cell, "") for cell in cells]))
         note = (
-            "<p>Bold rows are the laws drawn. AICc and held-out error compare forms within one family; a form with "
+            "<p>Bold rows are the laws drawn. AICc and held-out error compare forms within one family; a held-out "
+            "error is the mean over the form's own cuts, and the choice uses the cuts that forms share. A form with "
             f"{N_PARAMS['power_const']} parameters needs that many distinct x or more.</p>"
         )
         return note + table_html(headers, rows, label="All fits")
@@ -278,7 +300,7 @@ class _Builder:
 
     def _trials(self) -> str:
         columns = [c for c in self.table.columns if self.table.has(c) and not c.startswith("config.")]
-        headers = [(c, c in NUMERIC or METRIC.fullmatch(c) is not None) for c in columns]
+        headers = [(c, _is_numeric(self.table, c)) for c in columns]
         statuses = self.table.text("status", "done")
         rows = [
             ("" if status == "done" else "bad", [_trial_cell(row.get(c, ""), c, n, at) for c, n in headers])
@@ -296,6 +318,14 @@ def _plain(value: float, spec: str) -> str:
     return format(value, spec) if math.isfinite(value) else "–"
 
 
+def _is_numeric(table: Table, column: str) -> bool:
+    """True where every non-empty cell of the column parses as a number, and at least one is a finite one."""
+    try:
+        return _finite(table, column)
+    except TableError:
+        return False
+
+
 def _trial_cell(cell: str, column: str, numeric: bool, origin: str) -> tuple[str, str]:
     """A cell's shown text and sort value: six significant digits shown, all of them sorted by."""
     if not numeric or not cell:
@@ -303,57 +333,85 @@ def _trial_cell(cell: str, column: str, numeric: bool, origin: str) -> tuple[str
     value = parse_number(cell, column, origin)
     if math.isnan(value):
         return cell, ""
+    # Rounding would damage an identifier or a version that happens to look like a number.
+    if column in _NAMES or column.startswith("version/"):
+        return cell, cell
     whole = value == int(value) and abs(value) < 1e7
     return str(int(value)) if whole else f"{value:.6g}", cell
 
 
-def _truth_row(reference: Reference, family: FamilyResult) -> list[str]:
-    fit = family.fits.get("power_const")
-    boot = family.boots.get("power_const")
+def _main_metrics(analysis: Analysis) -> str:
+    """The headline metrics with their directions; studies of one table may have different ones."""
+    names = dict.fromkeys(panel.metric for panel in analysis.panels)
+    said = [f"{metric_name(n)}, {'higher' if higher_is_better(n) else 'lower'} is better" for n in names]
+    return "; ".join(said)
+
+
+def _truth_row(verdict: Verdict) -> list[str]:
+    reference = verdict.reference
     known = number(reference.value)
     if reference.high > reference.low:
         known += f" [{number(reference.low)}, {number(reference.high)}]"
-    if fit is None or boot is None or {"b=0", "c=0"} & set(fit.at_bound):
-        return [reference.name, known, family.name, "–", "–", "no usable constant was fitted"]
-    low, high = boot.params()["c"]
-    inside = low <= reference.high and high >= reference.low
-    verdict = (
-        "consistent: the intervals overlap"
-        if inside
-        else ("above the known value" if low > reference.high else "below the known value")
-    )
-    return [reference.name, known, family.name, number(fit.params["c"]), _interval((low, high)), verdict]
+    # The verdict says where the known value lies; the page says where the constant does.
+    said = {
+        "inside": "consistent: the intervals overlap",
+        "above": "below the known value",
+        "below": "above the known value",
+    }[verdict.where]
+    if verdict.at_bound:
+        said = "no usable constant: the fit stopped at its bound"
+    fitted = number(verdict.c) + (" (at its bound)" if verdict.at_bound else "")
+    return [reference.name, known, verdict.family, fitted, _interval((verdict.low, verdict.high)), said]
+
+
+def _ratio_text(c: Comparison, panel: Panel) -> str:
+    """The compute ratio at both ends of the quality that both families were seen at, the easier end first."""
+    quality = c.ratio.quality
+    ends = [0, len(quality) - 1] if higher_is_better(panel.metric) else [len(quality) - 1, 0]
+    said = []
+    for i in ends:
+        words = times_less(float(c.ratio.ratio[i]), float(c.ratio.low[i]), float(c.ratio.high[i]))
+        said.append(f"at {metric_name(panel.metric)} {number(quality[i], 4)} it needs {words} {x_symbol(panel)}")
+    return " and ".join(said)
+
+
+def times_less(ratio: float, low: float, high: float) -> str:
+    """A compute ratio with its limits (NaN if unknown) in words: "2.00 [1.50, 3.00] times less", or "... more"."""
+    less = ratio >= 1
+    values = (ratio, low, high) if less else (_over(ratio), _over(high), _over(low))
+    limits = "" if math.isnan(low) else f" {_interval(values[1:], 3)}"
+    return f"{number(values[0], 3)}{limits} times {'less' if less else 'more'}"
+
+
+def _over(value: float) -> float:
+    return 1 / value if value else math.inf
+
+
+def _crossing_text(c: Comparison, x: str) -> str:
+    if c.slope_range is None:
+        return f"no {x} was observed for both, so no crossing was looked for"
+    if c.crossing is None:
+        return f"the curves do not cross over the {x} observed for both"
+    share = f", in {c.crossing_share:.0%} of draws" if c.crossing_share is not None else ""
+    where = f"at {x} = {number(c.crossing, 3)} {_interval(c.crossing_interval, 3)}{share}"
+    return f"the curves cross {where}" if c.crossings == 1 else f"the curves cross {c.crossings} times, first {where}"
 
 
 def _comparison_html(c: Comparison, panel: Panel) -> str:
     ratio, x = c.ratio, x_symbol(panel)
-    said = []
-    if len(ratio.quality):
-        best = -1 if ratio.ratio[-1] >= ratio.ratio[0] else 0
-        limits = _interval((float(ratio.low[best]), float(ratio.high[best])), 3)
-        limits = limits if math.isfinite(ratio.low[best]) else ""
-        said.append(
-            f"at {metric_name(panel.metric)} {number(ratio.quality[best], 4)} it needs "
-            f"{number(ratio.ratio[best], 3)} {limits} times less {x}"
-        )
-    else:
-        said.append(ratio.reason)
+    said = [_ratio_text(c, panel) if len(ratio.quality) else ratio.reason]
     if c.slope_difference is not None:
         said.append(
             f"its change per tenfold {x} differs by {number(c.slope_difference, 3)} "
             f"{_interval(c.slope_interval, 3)} over the range both cover"
         )
-    if c.crossing is not None:
-        share = f", in {c.crossing_share:.0%} of draws" if c.crossing_share is not None else ""
-        said.append(f"the curves cross at {x} = {number(c.crossing, 3)} {_interval(c.crossing_interval, 3)}{share}")
-    else:
-        said.append("the curves do not cross in the observed range")
+    said.append(_crossing_text(c, x))
     return f"<p><strong>{esc(ratio.new)} against {esc(ratio.base)}:</strong> {esc('; '.join(said))}.</p>"
 
 
 def _warnings_html(panel: Panel) -> str:
     """Cautions of a panel, one line per distinct sentence with the families it is about."""
-    about: dict[tuple[str, str], list[str]] = {}
+    about: dict[tuple[str, str], list[str]] = {(w.code, w.text): ["all families"] for w in panel.warnings}
     for family in panel.families:
         for warn in family.warnings:
             about.setdefault((warn.code, warn.text), []).append(family.name)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from scaling.bootstrap import Bootstrap
-from scaling.fit import CurveFit
+from scaling.fit import CurveFit, Warn
 from scaling.frontier import Comparison
 from scaling.laws import EQUATIONS, ESTIMATORS
-from scaling.study import Analysis, FamilyResult, Panel, finite
+from scaling.study import Analysis, FamilyResult, Panel, finite, higher_is_better
 
 
 def analysis_to_json(analysis: Analysis) -> dict[str, object]:
@@ -32,10 +32,13 @@ def _panel(panel: Panel) -> dict[str, object]:
     return {
         "study": panel.study,
         "dataset": panel.dataset,
+        "metric": panel.metric,
+        "higher_is_better": higher_is_better(panel.metric),
         "x": panel.x,
         "axis": panel.axis,
         "families": [_family(family) for family in panel.families],
         "comparisons": [_comparison(comparison) for comparison in panel.comparisons],
+        "warnings": _warnings(panel.warnings),
     }
 
 
@@ -70,7 +73,7 @@ def _family(family: FamilyResult) -> dict[str, object]:
             }
             for p in family.predictions
         ],
-        "warnings": [{"code": w.code, "text": w.text} for w in family.warnings],
+        "warnings": _warnings(family.warnings),
     }
 
 
@@ -116,10 +119,15 @@ def _comparison(comparison: Comparison) -> dict[str, object]:
         "change_per_decade": _pair(comparison.slopes),
         "change_per_decade_difference": comparison.slope_difference,
         "change_per_decade_interval": _pair(comparison.slope_interval),
+        "crossings": comparison.crossings,
         "crossing": comparison.crossing,
         "crossing_interval": _pair(comparison.crossing_interval),
         "crossing_share": comparison.crossing_share,
     }
+
+
+def _warnings(warnings: Iterable[Warn]) -> list[dict[str, str]]:
+    return [{"code": w.code, "text": w.text} for w in warnings]
 
 
 def _pair(pair: Iterable[float] | None) -> list[float | None] | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -19,29 +19,43 @@ from scaling.fit import MAX_EXTRAPOLATION, CurveFit, Points, Warn, choose, fit_f
 from scaling.frontier import Comparison, Family, compare, pareto, slope_per_decade
 from scaling.table import BoolArray, FloatArray, Table, TableError
 
-# What makes two trials the same configuration, the seed apart.
-_DESIGN = [
-    "study",
-    "dataset",
-    "family",
-    "label",
-    "axis",
-    "axis_value",
-    "history",
-    "candidates",
-    "epochs",
-    "dense_params",
-    "learning_rate",
-    "embedding_learning_rate",
-    "batch_rows",
-    "warmup",
-    "decay",
-    "precision",
-]
+# What makes two trials the same configuration, the seed apart; every `model.*` column counts too.
+_DESIGN = frozenset(
+    [
+        "study",
+        "dataset",
+        "family",
+        "label",
+        "axis",
+        "axis_value",
+        "history",
+        "candidates",
+        "epochs",
+        "dense_params",
+        "learning_rate",
+        "embedding_learning_rate",
+        "batch_rows",
+        "warmup",
+        "decay",
+        "precision",
+        "segments",
+        "fraction",
+        "pieces",
+        "weight_decay",
+        "embedding_weight_decay",
+        "beta1",
+        "beta2",
+        "clip",
+        "validation",
+        "test",
+    ]
+)
 # Seeds of one configuration may train slightly different amounts (an early stop), never this much.
 _SAME_X = 1.05
 _FALLING = re.compile(r"(^|[^a-z])(ne|nll|mse|rmse|mae|bce|error|perplexity)([^a-z]|$)|loss|entropy")
-_BASELINES = re.compile(r"dlrm|dcn|deepfm|wukong|din|mlp")
+# A classical ranker's whole name, with a version or a remark after it at most: "dcn_v2" is one, "dinner" is not.
+_BASELINES = re.compile(r"(dlrm|dcn|deepfm|wukong|din|mlp)(v\d+)?([^a-z0-9].*)?")
+_STANDARD_BASELINE = "dlrm"
 _CONSISTENT = (
     ("flops_formula", "mixed_flops_formula", "the FLOPs were counted by different formulas"),
     ("eval_set", "mixed_eval_set", "the metric comes from different evaluation sets"),
@@ -91,7 +105,11 @@ class FamilyResult:
 
 @dataclass(frozen=True)
 class Panel:
-    """One study on one dataset against one x: `axis` names a swept axis, or is None for the compute law."""
+    """One study on one dataset against one x: `axis` names a swept axis, or is None for the compute law.
+
+    `warnings` are those about the families taken together; `comparisons` is empty where the metric of the families
+    comes from different evaluation sets.
+    """
 
     study: str
     dataset: str
@@ -100,11 +118,15 @@ class Panel:
     axis: str | None
     families: tuple[FamilyResult, ...]
     comparisons: tuple[Comparison, ...]
+    warnings: tuple[Warn, ...] = ()
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """Every panel of a table for one metric, with the counts of trials by status."""
+    """Every panel of a table, with the counts of trials by status.
+
+    `metric` is the main metric and `rising` its direction; a panel of a section without it shows its own.
+    """
 
     metric: str
     x: str
@@ -156,22 +178,25 @@ def analyse(
     seed: int = 0,
     predict_at: Sequence[float] = (),
     axes: bool = True,
+    fallback: bool = True,
 ) -> Analysis:
     """Fit every family of every study and dataset of a table.
 
     Args:
         table: the results.
-        metric: the column to explain; the default is `default_metric`.
+        metric: the column to explain; a section without a value of it, and every section if None, takes its own
+            `default_metric`.
         x: the column it is explained by, positive.
         group: the column whose values are the families.
         form: "auto" (see `fit.choose`) or one of `laws.FORMS` for every family.
-        base: the family the others are compared with, wherever a panel has it; by default the worst classical ranker
-            there, else the family with the worst best metric.
+        base: the family the others are compared with, wherever a panel has it; by default the family "dlrm",
+            else the best classical ranker there, else the family with the worst best metric.
         frontier: fit only each family's envelope of best configurations at a given x.
         n_boot: bootstrap draws per family.
         seed: of the bootstrap.
         predict_at: values of x at which each law is evaluated, with intervals.
         axes: also fit the metric against `axis_value` for each swept axis.
+        fallback: False leaves a section without the given metric out.
 
     Raises:
         TableError: a column is missing, or no finished trial has both x and the metric.
@@ -179,23 +204,38 @@ def analyse(
     """
     if form != "auto" and form not in laws.FORMS:
         raise ValueError(f"unknown form {form!r}: use auto, {', '.join(laws.FORMS)}")
-    metric = metric or default_metric(table)
-    table.require(metric, x, group)
-    rising = higher_is_better(metric)
-    settings = _Settings(metric, x, group, form, base, frontier, n_boot, seed, tuple(predict_at), rising)
+    main = metric or _main_metric(table, x)
+    table.require(main, x, group)
+    settings = _Settings(main, x, group, form, base, frontier, n_boot, seed, tuple(predict_at))
     if base is not None and base not in table.distinct(group):
         raise TableError(f"no trial has {group} = {base!r} (there are: {', '.join(table.distinct(group))})")
-    usable = _usable(table, settings)
-    if not usable.any():
-        raise TableError(f"{table.origins[0].rsplit(', line', 1)[0]}: no finished trial has both {x!r} and {metric!r}")
+    if not _usable(table, settings).any():
+        raise TableError(f"{table.origins[0].rsplit(', line', 1)[0]}: no finished trial has both {x!r} and {main!r}")
     panels: list[Panel] = []
     for study, dataset, part in sections(table):
-        panels += _panels(part, study, dataset, settings, axes and x == "train_flops")
+        own = _section_metric(part, metric, x) if metric is None or fallback else metric
+        if own is not None:
+            panels += _panels(part, study, dataset, replace(settings, metric=own), axes and x == "train_flops")
     if not panels:
-        raise TableError(f"no trial has a positive {x!r}, so {metric!r} cannot be fitted against it")
+        raise TableError(f"no trial has a positive {x!r}, so {main!r} cannot be fitted against it")
     statuses = table.text("status", "done")
     counts = {status: statuses.count(status) for status in dict.fromkeys(statuses)}
-    return Analysis(metric, x, group, rising, seed, n_boot, counts, tuple(panels))
+    return Analysis(main, x, group, higher_is_better(main), seed, n_boot, counts, tuple(panels))
+
+
+def _main_metric(table: Table, x: str) -> str:
+    """The default metric of the trials that can be fitted, or of all where none can (the refusal then names it)."""
+    table.require(x)
+    usable = table.where(_fittable(table, x))
+    return default_metric(usable if usable.metrics() else table)
+
+
+def _section_metric(part: Table, wanted: str | None, x: str) -> str | None:
+    """The metric of one section: the wanted one where it has a value, else the section's default, if it has any."""
+    present = (usable := part.where(_fittable(part, x))).metrics()
+    if wanted is not None and np.isfinite(usable.numbers(wanted)).any():
+        return wanted
+    return default_metric(usable) if present else None
 
 
 def sections(table: Table) -> list[tuple[str, str, Table]]:
@@ -215,12 +255,19 @@ class _Settings:
     n_boot: int
     seed: int
     predict_at: tuple[float, ...]
-    rising: bool
+
+    @property
+    def rising(self) -> bool:
+        return higher_is_better(self.metric)
+
+
+def _fittable(table: Table, x: str) -> BoolArray:
+    values = table.numbers(x)
+    return done(table) & np.isfinite(values) & (values > 0)
 
 
 def _usable(table: Table, s: _Settings) -> BoolArray:
-    values, x = table.numbers(s.metric), table.numbers(s.x)
-    return done(table) & np.isfinite(values) & np.isfinite(x) & (x > 0)
+    return _fittable(table, s.x) & np.isfinite(table.numbers(s.metric))
 
 
 def _panels(part: Table, study: str, dataset: str, s: _Settings, axes: bool) -> list[Panel]:
@@ -228,7 +275,7 @@ def _panels(part: Table, study: str, dataset: str, s: _Settings, axes: bool) -> 
     swept = [a for a in part.distinct("axis") if a not in {"compute", s.x}] if axes else []
     if swept and "axis_value" in part.columns:
         # A prediction is asked for in units of x, never of an axis.
-        along = _Settings(**{**s.__dict__, "x": "axis_value", "predict_at": (), "frontier": False})
+        along = replace(s, x="axis_value", predict_at=(), frontier=False)
         found += [
             _panel(part.where(np.array([a == axis for a in part.text("axis")])), study, dataset, along, axis)
             for axis in swept
@@ -245,8 +292,23 @@ def _panel(part: Table, study: str, dataset: str, s: _Settings, axis: str | None
         if (own & usable).any():
             lost = int((own & ~usable).sum())
             families.append(_family(name, part.where(own & usable), lost, s, s.seed + 7919 * i))
-    comparisons = _comparisons(families, s) if axis is None else []
-    return Panel(study, dataset, s.metric, s.x, axis, tuple(families), tuple(comparisons))
+    warnings = _mixed_across(part.where(usable), families)
+    comparable = axis is None and all(w.code != "mixed_eval_set" for w in warnings)
+    comparisons = _comparisons(families, s) if comparable else []
+    return Panel(study, dataset, s.metric, s.x, axis, tuple(families), tuple(comparisons), tuple(warnings))
+
+
+def _mixed(table: Table) -> list[Warn]:
+    """What the rows of one table should agree on and do not."""
+    kinds = [(code, text, column, len(table.distinct(column))) for column, code, text in _CONSISTENT]
+    return [Warn(code, f"{text} ({count} distinct {column})") for code, text, column, count in kinds if count > 1]
+
+
+def _mixed_across(table: Table, families: list[FamilyResult]) -> list[Warn]:
+    """What the families drawn together should agree on and do not: each may be of one kind, and still differ."""
+    found = _mixed(table) if len(families) > 1 else []
+    silent = "; the families are not compared"
+    return [Warn(w.code, w.text + silent) if w.code == "mixed_eval_set" else w for w in found]
 
 
 def _family(name: str, own: Table, lost: int, s: _Settings, seed: int) -> FamilyResult:
@@ -283,7 +345,7 @@ def configurations(table: Table, metric: str, x: str) -> Points:
     Trials of one recorded design whose x differ by more than `_SAME_X` are told apart by x: the table then does not
     record what distinguishes them, and averaging them would invent a point.
     """
-    columns = [c for c in _DESIGN if c in table.columns]
+    columns = [c for c in table.columns if c in _DESIGN or c.startswith("model.")]
     xs, ys, labels = table.numbers(x), table.numbers(metric), table.text("label")
     groups: dict[tuple[str, ...], list[int]] = {}
     for i, row in enumerate(table.rows):
@@ -335,9 +397,7 @@ def _warnings(
         found.append(Warn("at_bound", text))
     if lost:
         found.append(Warn("excluded_trials", f"trials left out of the fit (not done, or no value): {lost}"))
-    for column, code, text in _CONSISTENT:
-        if column in own.columns and len(own.distinct(column)) > 1:
-            found.append(Warn(code, f"{text} ({len(own.distinct(column))} distinct {column})"))
+    found += _mixed(own)
     if "epochs" in own.columns and np.nanmax(own.numbers("epochs"), initial=0) > 1:
         found.append(Warn("repeated_data", "some trials repeat their data (epochs > 1): the law assumes one pass"))
     far = [p.extrapolation for p in predictions if p.extrapolation > MAX_EXTRAPOLATION]
@@ -355,12 +415,21 @@ def _comparisons(families: list[FamilyResult], s: _Settings) -> list[Comparison]
 
 
 def _base(fitted: list[FamilyResult], s: _Settings) -> Family:
-    classical = [f for f in fitted if _BASELINES.search(f.name.lower())]
+    """The family to compare with: the one asked for, else DLRM, else the best classical one, else the worst of all.
+
+    The best classical ranker, because beating a weak baseline would show nothing.
+    """
     sign = 1.0 if s.rising else -1.0
-    worst = min(classical or fitted, key=lambda f: sign * float(f.points.mean[f.best]))
-    chosen = next((f for f in fitted if f.name == s.base), worst).family
-    assert chosen is not None
-    return chosen
+
+    def quality(family: FamilyResult) -> float:
+        return sign * float(family.points.mean[family.best])
+
+    named = {f.name: f for f in fitted} | {f.name.lower(): f for f in fitted if f.name.lower() == _STANDARD_BASELINE}
+    classical = [f for f in fitted if _BASELINES.fullmatch(f.name.lower())]
+    usual = max(classical, key=quality) if classical else min(fitted, key=quality)
+    chosen = named.get(s.base or _STANDARD_BASELINE) or named.get(_STANDARD_BASELINE) or usual
+    assert chosen.family is not None
+    return chosen.family
 
 
 def finite(value: float | None) -> float | None:

@@ -46,6 +46,8 @@ NUMERIC = frozenset(
         "mrr",
     ]
 )
+# What tells two rows of one trial apart: a trial may stand in several studies, families and axes.
+_IDENTITY = ("trial", "study", "family", "label", "axis")
 METRIC = re.compile(r"(ne|logloss|auc|gauc|base_rate)(/.+)?|(hr|ndcg|recall|mrr)(@\d+)?(/.+)?")
 # A trial that failed may leave its metric as NaN or infinity; both mean "no value", neither may enter a fit.
 _NOT_A_VALUE = frozenset({"", "nan", "inf", "-inf", "+inf", "infinity", "-infinity", "none", "null"})
@@ -127,9 +129,11 @@ def rows_to_csv(columns: Sequence[str], rows: Iterable[dict[str, str]] | Iterabl
 def read_table(paths: Path | str | Sequence[Path | str]) -> Table:
     """Read one or more tables (CSV, JSONL, or a runs folder holding `results.csv`) and join their rows.
 
+    A trial that several tables hold, in the same study, family, label and axis, enters once.
+
     Raises:
         TableError: missing file, not UTF-8, no header, duplicate header, a row with too few or too many cells, a
-            word in a numeric column, or no rows at all.
+            word in a numeric column, no rows at all, or one trial with different metrics in two tables.
     """
     listed = [paths] if isinstance(paths, str | Path) else list(paths)
     if not listed:
@@ -142,7 +146,26 @@ def read_table(paths: Path | str | Sequence[Path | str]) -> Table:
     for column in columns:
         if column in NUMERIC or METRIC.fullmatch(column):
             table.numbers(column)  # refuses a word here, before any fit has started
-    return table
+    return _without_repeats(table) if len(parts) > 1 and "trial" in columns else table
+
+
+def _without_repeats(table: Table) -> Table:
+    """The table without repeated trials, the first kept; `TableError` where a repeat has other metrics.
+
+    Repeats counted as seeds would narrow every interval, and of two different results neither can be preferred.
+    """
+    metrics = [c for c in table.columns if METRIC.fullmatch(c)]
+    values = np.stack([np.nan_to_num(table.numbers(c), nan=np.inf) for c in metrics] or [np.zeros(len(table))], axis=1)
+    first: dict[tuple[str, ...], int] = {}
+    keep = np.ones(len(table), dtype=bool)
+    for i, row in enumerate(table.rows):
+        seen = first.setdefault(tuple(row.get(c, "") for c in _IDENTITY), i) if row.get("trial") else i
+        keep[i] = seen == i
+        if not np.array_equal(values[i], values[seen]):
+            column = metrics[int(np.flatnonzero(values[i] != values[seen])[0])]
+            where = f"{table.origins[seen]} and {table.origins[i]}"
+            raise TableError(f"{where}: the trial {row['trial']!r} appears twice with different {column!r}")
+    return table.where(keep)
 
 
 def _read_one(path: Path) -> Table:

@@ -24,6 +24,13 @@ def test_hash_tells_configurations_apart() -> None:
     assert len({t.hash for t in [trial, *changed]}) == 4
 
 
+def test_data_are_known_by_their_digest_wherever_they_lie() -> None:
+    trial = override(default_trial("hstu"), {"data.path": "here", "data.digest": "0123456789ab"})
+    assert override(trial, {"data.path": "there"}).hash == trial.hash
+    assert override(trial, {"data.digest": "ba9876543210"}).hash != trial.hash
+    assert trial_from_json(trial.to_json()).data.path == "here"
+
+
 BAD = [
     ({"model.no_such": 1}, "model.no_such"),
     ({"nonsense": 1}, "nonsense"),
@@ -44,6 +51,33 @@ BAD = [
     ({"train.precision": "float8"}, "train.precision"),
     ({"train.batch_rows": 0}, "train.batch_rows"),
     ({"train.batch_rows": 10, "train.pieces": 4}, "train.pieces"),
+    ({"train.epochs": "inf"}, "train.epochs"),
+    ({"train.epochs": 1e9}, "train.epochs"),
+    ({"train.steps": 2**31}, "train.steps"),
+    ({"train.steps": 3, "train.epochs": "nan"}, "train.epochs"),
+    ({"train.learning_rate": "inf"}, "train.learning_rate"),
+    ({"train.learning_rate": "1e400"}, "train.learning_rate"),
+    ({"train.learning_rate": 10**400}, "train.learning_rate"),
+    ({"train.learning_rate": 1e300}, "train.learning_rate"),
+    ({"train.embedding_learning_rate": "inf"}, "train.embedding_learning_rate"),
+    ({"train.clip": "inf"}, "train.clip"),
+    ({"train.beta1": 1.0}, "train.beta1"),
+    ({"train.beta1": -0.1}, "train.beta1"),
+    ({"train.beta2": 1.5}, "train.beta2"),
+    ({"train.beta2": "nan"}, "train.beta2"),
+    ({"train.weight_decay": -1e-3}, "train.weight_decay"),
+    ({"train.weight_decay": "inf"}, "train.weight_decay"),
+    ({"train.embedding_weight_decay": -1.0}, "train.embedding_weight_decay"),
+    ({"train.embedding_weight_decay": "nan"}, "train.embedding_weight_decay"),
+    ({"train.batch_rows": 2**40}, "train.batch_rows"),
+    ({"data.history": 10**12}, "data.history"),
+    ({"data.candidates": 10**12}, "data.candidates"),
+    ({"data.segments": 10**12}, "data.segments"),
+    ({"data.eval_impressions": 10**30}, "data.eval_impressions"),
+    ({"data.workers": 10**6}, "data.workers"),
+    ({"seed": 2**63}, "seed"),
+    ({"model.width": 10**12}, "model.width"),
+    ({"model.dropout": "nan"}, "model.dropout"),
     ({"seed": -1}, "seed"),
     ({"model.width": 0}, "model.width"),
     ({"model.width": 30, "model.heads": 4}, "model.heads"),

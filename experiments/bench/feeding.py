@@ -17,7 +17,7 @@ from genrec_jax.train.estimate import abstract_model, init_params
 from genrec_jax.train.optimizer import make_optimizer
 from genrec_jax.train.step import init_state, make_step
 
-_RUNG = {"hstu": 2, "dirl": 2, "dlrm": 1}
+_RUNG = {"hstu": 4, "dirl": 4, "dlrm": 2}
 
 
 def run() -> dict[str, dict[str, float]]:

@@ -19,7 +19,8 @@ class RowTable:
     """R rows. The history of row r is the events ``history_start[r]:history_stop[r]``, its candidates are
     ``target_start[r]:target_stop[r]``; all of ``user[r]``. user [R] int32, the rest [R] int64.
 
-    Event ``history_stop[r]`` is the first of the request: it gives the request time and the request's features.
+    Event ``history_stop[r]`` is the first of the request: it gives the request time and, where the history is not
+    supervised, the request's event-level features.
     ``supervised``: history events are training targets too.
     """
 

@@ -162,7 +162,8 @@ def _check(sequences: Sequences) -> None:
 def writing(out: str | Path) -> Iterator[Path]:
     """A scratch folder beside ``out`` that becomes ``out`` in one rename, or vanishes if anything fails.
 
-    A dataset that is there already is deleted last: at every moment a complete one, old or new, is on disk.
+    A dataset that is there already is deleted last, so a complete one, old or new, is always on disk; a kill between
+    the two renames leaves the old one beside ``out`` as a hidden folder that ends in ``.old``.
     """
     out = Path(out)
     if out.exists() and not (out / "dataset.json").is_file() and any(out.iterdir() if out.is_dir() else [out]):

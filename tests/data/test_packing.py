@@ -102,6 +102,18 @@ def test_supervised_marks_the_history_of_generative_training_rows(tmp_path):
         np.testing.assert_array_equal(batch.history.supervised, real & supervised)
 
 
+def test_windows_take_the_event_features_of_their_first_event(tmp_path):
+    """Every event of a window is a target that sees the context, so it must not tell of a later request."""
+    sequences = dataset(tmp_path / "d", [list(range(12)), list(range(12, 17))])
+    rows = row_tables.window_rows(split_by_time(sequences, 0.1, 0.1), everyone(sequences), 3, 1)
+    batch = Assembler(sequences, rows, Shape(3, 1))(np.arange(len(rows))[:, None])
+    first = np.where(rows.history_length > 0, batch.history.item[:, 0], batch.candidates.item[:, 0]) - 1
+    device = sequences.features["device"]
+    assert (device[first] != device[rows.history_stop]).any()
+    np.testing.assert_array_equal(batch.context.features["device"][:, 0], device[first])
+    np.testing.assert_array_equal(batch.context.features["country"][:, 0], sequences.features["country"][rows.user])
+
+
 @pytest.mark.parametrize("kind", ["requests", "windows", "users"])
 def test_packed_rows_hold_the_same_segments_as_single_rows(tmp_path, kind):
     sequences = random_dataset(tmp_path / "d", requests=True)

@@ -152,6 +152,17 @@ def test_state_of_another_stream_is_refused(stream_of):
             other.set_state(state)
 
 
+def test_state_of_a_stream_over_other_data_is_refused(tmp_path):
+    """Another dataset of the same size, such as one that was imported again under the same path."""
+    streams = [
+        TrainStream(dataset(tmp_path / name, [[0, 1, 2, 3, last, 20, 30]]), CONFIG, "requests", 2, 0)
+        for name, last in (("a", 4), ("b", 5), ("c", 4))
+    ]
+    streams[2].set_state(streams[0].get_state())
+    with pytest.raises(UserError, match="the checkpoint's data stream was"):
+        streams[1].set_state(streams[0].get_state())
+
+
 def test_worker_processes_give_the_same_stream_and_take_over_a_state(stream_of):
     whole = take(stream_of(), 9)
     workers = stream_of(workers=2)

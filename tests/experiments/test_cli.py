@@ -8,6 +8,8 @@ import pytest
 
 from experiments.cli import main
 from experiments.run import studies
+from genrec_jax.data.sequences import load
+from genrec_jax.data.synthetic import read_world
 
 
 @pytest.fixture
@@ -89,7 +91,17 @@ def test_bad_commands_are_one_sentence(log: Path, tmp_path: Path, capsys: pytest
         (["data", "import", log, *COLUMNS, "--label", "click=absent", "--out", out], "absent"),
         (["data", "import", missing, *COLUMNS, "--out", out], "missing"),
         (["data", "import", log, *COLUMNS, "--mapping", log, "--out", out], "--mapping"),
+        (["data", "import", log, "--label", "a=b", "--mapping", log, "--out", out], "--label"),
+        (["data", "import", log, "--time-unit", "s", "--mapping", log, "--out", out], "--time-unit"),
+        (["data", "import", log, "--promise-sorted", "--mapping", log, "--out", out], "--promise-sorted"),
+        (["data", "import", log, *COLUMNS, "--order", "absent", "--out", out], "absent"),
         (["data", "synthetic", "--preset", "nope", "--out", out], "nope"),
+        (["data", "synthetic", "--set", "users", "--out", out], "key=value"),
+        (["data", "synthetic", "--set", "nope=1", "--out", out], "nope"),
+        (["data", "synthetic", "--set", "users=many", "--out", out], "users=many"),
+        (["data", "synthetic", "--set", "noise=nan", "--out", out], "noise"),
+        (["data", "synthetic", "--set", "base=1,x,2", "--out", out], "base=1,x,2"),
+        (["data", "synthetic", "--set", "users=0", "--out", out], "users"),
         (["data", "show", missing], "missing"),
         (["train", "--data", missing, "--model", "dlrm", "--out", out], "missing"),
         (["train", "--data", log.parent, "--model", "dlrm", "--out", out], "neither"),
@@ -105,6 +117,51 @@ def test_bad_commands_are_one_sentence(log: Path, tmp_path: Path, capsys: pytest
     for args, named in cases:
         assert named in fails(capsys, *args), args
         assert not out.exists(), args
+
+
+def test_flags_for_a_known_dataset_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its columns are known, so a flag would be ignored without a word."""
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    raw.mkdir()
+    (raw / "u.data").write_text("1\t1\t5\t10\n", encoding="utf-8")
+    (raw / "u.item").write_text("1|One|x||url" + "|0" * 19 + "\n", encoding="latin-1")
+    (raw / "ratings.dat").write_text("1::1::5::10\n", encoding="utf-8")
+    (raw / "movies.dat").write_text("1::One::Drama\n", encoding="utf-8")
+    (raw / "users.dat").write_text("1::F::1::10::48067\n", encoding="utf-8")
+    for flags in (
+        ["--label", "like=3>=4"],
+        ["--request", "1"],
+        ["--order", "1"],
+        ["--time-unit", "ms"],
+        ["--user-feature", "a=b"],
+        ["--item-feature", "a=b"],
+        ["--event-feature", "a=b"],
+        ["--promise-sorted"],
+        ["--user", "1"],
+        ["--mapping", "some.toml"],
+    ):
+        said = fails(capsys, "data", "import", raw, *flags, "--out", out)
+        assert flags[0] in said
+        assert "known" in said
+        assert not out.exists()
+
+
+def test_order_breaks_ties_of_time(tmp_path: Path) -> None:
+    log, out = tmp_path / "log.csv", tmp_path / "out"
+    log.write_text("u,i,t,n\n1,b,5,2\n1,a,5,1\n", encoding="utf-8")
+    columns = ["--user", "u", "--item", "i", "--time", "t", "--order", "n"]
+    main(["data", "import", str(log), *columns, "--out", str(out), "--quiet"])
+    assert load(out).item.tolist() == [2, 1]
+
+
+def test_any_size_of_a_world_can_be_set(tmp_path: Path) -> None:
+    out = tmp_path / "mine"
+    given = ["users=30", "requests=3", "items=50", "noise=0.25", "tasks=click, buy", "base=-1,0.5"]
+    flags = [part for setting in given for part in ("--set", setting)]
+    main(["data", "synthetic", "--preset", "tiny", "--seed", "7", *flags, "--out", str(out), "--quiet"])
+    data, world = load(out), read_world(out)
+    assert (data.name, data.users, data.schema.tasks) == ("mine", 30, ("click", "buy"))
+    assert (world.noise, world.base, world.seed) == (0.25, (-1.0, 0.5), 7)
 
 
 def test_every_study_resolves_at_every_budget() -> None:

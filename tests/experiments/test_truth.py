@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from experiments.study import PlannedTrial
-from experiments.truth import held_against_truth, read_references, write_references
+from experiments.truth import read_references, write_references
 from genrec_jax.config import default_trial, override
 from genrec_jax.data.pipeline import evaluation_batches, evaluation_events
 from genrec_jax.data.sequences import load
 from genrec_jax.data.synthetic import World, generate
-from scaling import Reference
+from scaling import Reference, held_against_truth
 
 
 @pytest.fixture(scope="module")

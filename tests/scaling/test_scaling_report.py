@@ -154,7 +154,7 @@ def test_same_table_same_bytes(results: Path, tmp_path: Path) -> None:
 
 def test_fit_command_recovers_the_laws_and_writes_strict_json(results: Path, tmp_path: Path) -> None:
     out = tmp_path / "fit.json"
-    returned = fit_command([results], "ne", "train_flops", "family", out, form="power_const", n_boot=200)
+    returned = fit_command([results], "ne", "train_flops", "family", out)
     assert json.loads(out.read_text(encoding="utf-8")) == json.loads(json.dumps(returned, allow_nan=False))
     compute, depth = json.loads(out.read_text(encoding="utf-8"))["panels"]
     assert (compute["axis"], depth["axis"]) == (None, "depth")

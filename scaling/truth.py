@@ -1,0 +1,103 @@
+"""Fitted irreducible constants against values known apart from the fits, such as the Bayes NE of synthetic data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from scaling.plots import Reference
+from scaling.study import Analysis
+
+# Along these x the data grows without end, so the curve's limit is the floor of the data. Along history, depth or
+# width it is the limit of one design choice at a finite budget, which is no floor.
+_TO_THE_FLOOR = frozenset({"train_flops", "compute", "data", "targets"})
+_FLOOR = "Bayes"
+_UNSOUND = frozenset({"b=0", "b=max", "c=0"})
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One known floor against one family's constant c of "power + constant".
+
+    `low` and `high` are the 95 % limits, infinite where there is none; `where` says where the known value lies from
+    them: "inside", "above" or "below"; `at_bound` is True where c or the exponent stopped at the edge of its range.
+    """
+
+    panel: int
+    x: str
+    family: str
+    metric: str
+    reference: Reference
+    c: float
+    low: float
+    high: float
+    at_bound: bool
+
+    @property
+    def where(self) -> str:
+        """Where the known value (or its own interval) lies from the fitted interval."""
+        if self.reference.low > self.high:
+            return "above"
+        return "below" if self.reference.high < self.low else "inside"
+
+    @property
+    def line(self) -> str:
+        """The verdict as one line of text."""
+        bound = " (at its bound)" if self.at_bound else ""
+        return (
+            f"{self.x}, {self.family}: fitted irreducible {self.metric} {self.c:.4f}{bound} "
+            f"(95 % {_limit(self.low)} to {_limit(self.high)}); "
+            f"{self.reference.name} {self.reference.value:.4f} is {self.where}"
+        )
+
+
+def held_against_truth(analysis: Analysis | Mapping[str, Any], references: Sequence[Reference]) -> list[str]:
+    """One line per panel, family and known floor: the constant of power law plus constant, its interval, the truth.
+
+    `analysis` is an `Analysis` or its JSON data; see `verdicts` for what is held against what.
+    """
+    return [verdict.line for verdict in verdicts(analysis, references)]
+
+
+def verdicts(analysis: Analysis | Mapping[str, Any], references: Sequence[Reference]) -> list[Verdict]:
+    """Every family's constant against every floor (a reference named "Bayes ...") of its metric and dataset.
+
+    Only panels against compute or data take part: elsewhere the constant is not the floor of the data. A family
+    without an interval for its constant is left out.
+    """
+    data: Mapping[str, Any] = analysis.to_json() if isinstance(analysis, Analysis) else analysis
+    floors = [reference for reference in references if reference.name.startswith(_FLOOR)]
+    found: list[Verdict] = []
+    for i, panel in enumerate(data["panels"]):
+        along = panel.get("axis") or panel["x"]
+        metric = panel.get("metric") or data["metric"]
+        if along in _TO_THE_FLOOR:
+            own = [floor for floor in floors if floor.matches(metric, panel.get("dataset") or "")]
+            for family in panel["families"]:
+                found += [v for floor in own if (v := _verdict(i, along, metric, family, floor)) is not None]
+    return found
+
+
+def _verdict(panel: int, x: str, metric: str, family: Mapping[str, Any], floor: Reference) -> Verdict | None:
+    fit = family["fits"].get("power_const") or {}
+    c, interval = (fit.get("params") or {}).get("c"), (fit.get("intervals") or {}).get("c")
+    if c is None or not interval:
+        return None
+    low, high = interval
+    return Verdict(
+        panel,
+        x,
+        family["name"],
+        metric,
+        floor,
+        c,
+        -math.inf if low is None else low,
+        math.inf if high is None else high,
+        bool(_UNSOUND & set(fit.get("at_bound") or ())),
+    )
+
+
+def _limit(value: float) -> str:
+    return f"{value:.4f}" if math.isfinite(value) else "unbounded"
