@@ -5,7 +5,7 @@ the last, from there 4.5 times: 2e10 to 8e12 for s0 to s6, the small budget (sev
 parameters cannot be told from one with two by fewer), and 3e15 for s10. The rule of the learning rate is one for all
 families: 3e-3 at width 32 and below, falling with the square root of the width above (tables: twice that). The lower
 rungs of the families that pay for the whole history at every request (DirL, Transformer) see part of an epoch: at their
-compute, more targets would have to be paid for with less model. All train on rows of N = 64 events and K = 8 candidates.
+compute, more targets would have to be paid for with less model. All train on rows of N = 64 events, K = 8 candidates.
 """
 
 import math
