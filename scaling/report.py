@@ -364,10 +364,16 @@ def _truth_row(verdict: Verdict) -> list[str]:
     return [reference.name, known, verdict.family, fitted, _interval((verdict.low, verdict.high)), said]
 
 
+# A 95 % interval of a compute ratio wider than this factor says nothing that a reader could use.
+_UNDETERMINED = 1e6
+
+
 def _ratio_text(c: Comparison, panel: Panel) -> str:
     """The compute ratio at both ends of the quality that both families were seen at, the easier end first."""
     quality = c.ratio.quality
     ends = [0, len(quality) - 1] if higher_is_better(panel.metric) else [len(quality) - 1, 0]
+    if np.all(c.ratio.high[ends] > _UNDETERMINED * c.ratio.low[ends]):
+        return "the compute for equal quality is not determined by these trials: one of the curves is nearly flat"
     said = []
     for i in ends:
         words = times_less(float(c.ratio.ratio[i]), float(c.ratio.low[i]), float(c.ratio.high[i]))

@@ -184,3 +184,13 @@ def test_each_section_keeps_its_own_metric(tmp_path: Path) -> None:
     page = (tmp_path / "r.html").read_text(encoding="utf-8")
     assert "Main metric: NE, lower is better; HR@10, higher is better." in page
     assert page.count("HR@10 against training compute") == page.count("NE against training compute") > 0
+
+
+def test_a_flat_base_has_no_equal_quality_ratio(tmp_path: Path) -> None:
+    """Where the base does not improve with compute, the page says so and prints no point estimate."""
+    noise = np.random.default_rng(0).normal(0, 1e-3, len(COMPUTE))
+    flat = [{"family": "dlrm", "train_flops": float(x), "ne": 0.8 + e} for x, e in zip(COMPUTE, noise)]
+    write_report(table(*flat, *family("hstu", 0.82)), tmp_path / "page.html", title="flat", n_boot=200)
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "the compute for equal quality is not determined by these trials" in page
+    assert "times less C" not in page
