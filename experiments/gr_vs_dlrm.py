@@ -12,7 +12,7 @@ trials; about 15 minutes with two workers on two free cores. Medium: larger size
 upper rungs, for accelerators.
 
 Expect the classical rankers far ahead at the smallest compute, where their numeric features do the work that a sequence
-model has yet to learn, and flat from there on; the sequence models cross them at about 3e11 to 5e11 FLOPs and go on
+model has yet to learn, and flat from there on; the sequence models cross them at about 2e11 to 3e11 FLOPs and go on
 gaining.
 """
 
