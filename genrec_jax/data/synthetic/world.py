@@ -133,9 +133,9 @@ def _require(holds: bool, name: str, rule: str, world: World) -> None:
 
 
 PRESETS: dict[str, World] = {
-    # About 50 thousand, 200 thousand, 1 million, 100 million and 1 billion events.
+    # About 50 thousand, 500 thousand, 1 million, 100 million and 1 billion events.
     "tiny": World(users=512, requests=24, items=500, concentration=125.0),
-    "quick": World(users=1024, requests=24, items=500, concentration=125.0, candidates=8),
+    "quick": World(users=2048, requests=32, items=1000, concentration=250.0, candidates=8),
     "small": World(),
     "medium": World(users=2**18, requests=96, items=100_000, concentration=25_000.0, domains=8),
     "large": World(users=2**21, requests=128, items=1_000_000, concentration=250_000.0, days=365, domains=8),
