@@ -2,9 +2,10 @@
 
     python -m experiments.ml1m_retrieval --data DATA --budget small --workers 2
 
-Leave-last-out: each user's last event is the test target, the one before it the validation target; every other event
-predicts the next. Sampled softmax with 128 uniform negatives, temperature 0.05, L2-normalised items and states. The
-target is ranked among all items that are not in the visible history: HR@k, NDCG@k, MRR.
+Leave-last-out: each user's last event is the test target, the one before it the validation target; in training, each of
+the last 200 events before these predicts the next. Sampled softmax with 128 uniform negatives, temperature 0.05,
+L2-normalised items and states. The target is ranked among all items that are not in the visible history: HR@k, NDCG@k,
+MRR.
 
 Small: three sizes, 5 passes with up to four users packed in a row of 200 events; about ten minutes with two workers on
 two cores, far from converged. Medium: the published sizes (2 blocks with 1 head, 8 blocks with 2 heads, width 50), 101

@@ -30,7 +30,7 @@ def run() -> dict[str, float]:
     """Wall-clock of a 12-trial sweep with one worker, its training seconds, and the overhead as a share of them."""
     with tempfile.TemporaryDirectory() as scratch:
         sequences = generate(preset("quick"), Path(scratch) / "world", floor_requests=0)
-        for name, seeds in (("warm", [_TRIALS]), ("cold", list(range(_TRIALS)))):
+        for name, seeds in (("warming", [_TRIALS]), ("measured", list(range(_TRIALS)))):
             out = Path(scratch) / name
             run_study(_study(seeds).trials(str(sequences.path), "small"), out, workers=1, quiet=True)
         record = json.loads((out / "launch.json").read_text(encoding="utf-8"))

@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from genrec_jax.data.importer import import_log
 from genrec_jax.data.raw import RawDataset
 from genrec_jax.data.sequences import FORMAT
 from genrec_jax.errors import UserError
+from genrec_jax.paths import cache_root
 
 _ADAPTERS = (movielens.ml_1m, movielens.ml_100k, amazon.beauty, globo.clicks)
 
@@ -47,9 +47,8 @@ def load_any(path: str | Path, cache_dir: str | Path | None = None, *, quiet: bo
 
 
 def default_cache() -> Path:
-    """Where imported datasets are kept: ``$GENREC_CACHE/datasets``, else ``~/.cache/genrec/datasets``."""
-    root = os.environ.get("GENREC_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "genrec") / "datasets"
+    """Where imported datasets are kept."""
+    return cache_root() / "datasets"
 
 
 @contextlib.contextmanager

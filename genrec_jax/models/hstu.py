@@ -26,8 +26,7 @@ class InterleavedRanker(Ranker):
     item tokens without an action, invisible to each other. Context features enter as one prefix token per request.
 
     An action's token also holds its item. With the bare action of the paper's figure, an action means something only
-    once a block has bound it to the token before it; pointwise attention learns that binding very slowly (on a small
-    synthetic world it had not after 5 million targets, where this token needs 3 million).
+    once a block has bound it to the token before it; pointwise attention learns that binding very slowly.
     """
 
     def __init__(self, config: SequenceConfig, build: Build, *, mixer: Mixer, rngs: nnx.Rngs):
