@@ -14,7 +14,7 @@ _TRIALS = 12
 
 def _study(seeds: list[int]) -> Study:
     """Trials that differ by seed alone, so that one of them warms the compilation cache for all."""
-    sizes = {"model.width": 192, "model.depth": 3, "model.embedding": 24, "train.epochs": 20.0}
+    sizes = {"model.width": 192, "model.depth": 3, "model.embedding": 24, "train.epochs": 6.0}
     return Study(
         name="overhead",
         title="Sweep overhead",

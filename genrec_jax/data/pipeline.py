@@ -5,12 +5,14 @@ per position, not a stored order. So the whole state of the iterator is i, whate
 only has to map a range of integers ahead of the training step.
 """
 
+import collections
 import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import grain
+import jax
 import numpy as np
 from absl import flags
 
@@ -25,7 +27,9 @@ from genrec_jax.errors import UserError
 from genrec_jax.models.base import Goal, Rows
 
 _THREADS = 2  # per process; numpy's gathers hold the GIL, so more threads only take turns
-_AHEAD = 8  # batches kept ready per process
+_AHEAD = 4  # chunks kept ready per process
+_CHUNK_ROWS = 512  # rows gathered at once, fewer if they hold more events than this:
+_CHUNK_EVENTS = 1 << 16
 _ENDLESS = 1 << 60
 _ROUNDS = 6
 
@@ -57,7 +61,8 @@ class TrainStream:
         self.targets = row_tables.supervised_targets(kind, table)
         self.steps_per_epoch = self.rows / batch_rows
         self.occupancy = int(table.history_length.sum()) / (self.rows * config.history)
-        self._make = _BatchAt(Assembler(sequences, table, config.shape), plan, batch_rows, seed)
+        batches = max(1, min(_CHUNK_ROWS, _CHUNK_EVENTS // config.history) // batch_rows)
+        self._make = _ChunkAt(Assembler(sequences, table, config.shape), plan, batch_rows, seed, batches)
         self._workers = config.workers
         self._identity: dict[str, int | str] = {
             "rows": self.rows,
@@ -66,17 +71,21 @@ class TrainStream:
             "dataset": sequences.digest,
         }
         self._next = 0
-        self._batches: Any = None
+        self._chunks: Any = None
+        self._ready: collections.deque[Batch] = collections.deque()
 
     def __iter__(self) -> "TrainStream":
         return self
 
     def __next__(self) -> Batch:
-        if self._batches is None:
-            self._batches = iter(_prefetched(self._make, self._next, self._workers))
-        batch = next(self._batches)
+        if self._chunks is None:
+            chunk, inside = divmod(self._next, self._make.batches)
+            self._chunks = iter(_prefetched(self._make, chunk, self._workers))
+            self._ready.extend(next(self._chunks)[inside:])
+        if not self._ready:
+            self._ready.extend(next(self._chunks))
         self._next += 1
-        return batch
+        return self._ready.popleft()
 
     def get_state(self) -> dict[str, int | str]:
         """JSON-serialisable state: the batches delivered so far, and what they were cut from."""
@@ -95,23 +104,31 @@ class TrainStream:
 
     def close(self) -> None:
         """Stops the workers; iterating again restarts them where they were."""
-        if self._batches is not None:
-            self._batches.close()
-        self._batches = None
+        if self._chunks is not None:
+            self._chunks.close()
+        self._chunks = None
+        self._ready.clear()
 
 
 @dataclasses.dataclass(frozen=True)
-class _BatchAt:
-    """Batch number i of a stream."""
+class _ChunkAt:
+    """Chunk number i of a stream: ``batches`` consecutive batches, gathered at once.
+
+    One gather over several hundred rows costs little more than one over a few dozen: the calls cost, not the bytes.
+    """
 
     assemble: Assembler
     plan: np.ndarray
     batch_rows: int
     seed: int
+    batches: int
 
-    def __call__(self, index: int) -> Batch:
-        position = int(index) * self.batch_rows + np.arange(self.batch_rows)
-        return self.assemble(self.plan[shuffled(position, len(self.plan), self.seed)])
+    def __call__(self, index: int) -> list[Batch]:
+        rows = self.batches * self.batch_rows
+        position = int(index) * rows + np.arange(rows)
+        chunk = self.assemble(self.plan[shuffled(position, len(self.plan), self.seed)])
+        starts = range(0, rows, self.batch_rows)
+        return [jax.tree.map(lambda x, at=at: x[at : at + self.batch_rows], chunk) for at in starts]
 
 
 def shuffled(position: np.ndarray, size: int, seed: int) -> np.ndarray:
@@ -142,10 +159,10 @@ def _feistel(value: np.ndarray, half: int, key: np.ndarray) -> np.ndarray:
     return (left << half) | right
 
 
-def _prefetched(make: _BatchAt, start: int, workers: int) -> grain.IterDataset:
-    """Batches from number ``start`` on, made ahead of time by threads, or by ``workers`` processes."""
-    batches = grain.MapDataset.range(start, _ENDLESS).map(make)
-    ahead = batches.to_iter_dataset(grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_AHEAD))
+def _prefetched(make: _ChunkAt, start: int, workers: int) -> grain.IterDataset:
+    """Chunks from number ``start`` on, made ahead of time by threads, or by ``workers`` processes."""
+    chunks = grain.MapDataset.range(start, _ENDLESS).map(make)
+    ahead = chunks.to_iter_dataset(grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_AHEAD))
     if not workers:
         return ahead
     if not flags.FLAGS.is_parsed():
