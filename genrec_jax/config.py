@@ -49,7 +49,8 @@ class TrainConfig:
     batch_rows: rows per step. epochs: passes over the training rows (ignored if ``steps`` is set). steps: optimiser
     steps. warmup: share of the steps. embedding_learning_rate and embedding_weight_decay: the rule for tables.
     clip: largest global gradient norm. precision: compute type; parameters and optimiser state stay float32.
-    pieces: parts of a batch that are worked on one after another. log_every, checkpoint_every: in steps.
+    pieces: parts of a batch that are worked on one after another. log_every: in steps. checkpoint_every: in steps, but no
+    sooner than checkpoint_seconds after the last one: a small model's step is shorter than its checkpoint.
     """
 
     batch_rows: int = 32
@@ -66,7 +67,8 @@ class TrainConfig:
     precision: Literal["float32", "bfloat16"] = "float32"
     pieces: int = 1
     log_every: int = 50
-    checkpoint_every: int = 500
+    checkpoint_every: int = 100
+    checkpoint_seconds: float = 20.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +202,7 @@ def check(trial: Trial) -> None:
     for name in ("warmup", "beta1", "beta2"):
         if not 0 <= getattr(train, name) < 1:
             raise UserError(f"configuration key 'train.{name}' must be in [0, 1), not {getattr(train, name)}")
-    for name in ("weight_decay", "embedding_weight_decay"):
+    for name in ("weight_decay", "embedding_weight_decay", "checkpoint_seconds"):
         if getattr(train, name) < 0:
             raise UserError(f"configuration key 'train.{name}' must not be negative, not {getattr(train, name)}")
     if data.workers < 0 or trial.seed < 0:

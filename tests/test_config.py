@@ -51,6 +51,7 @@ BAD = [
     ({"train.precision": "float8"}, "train.precision"),
     ({"train.batch_rows": 0}, "train.batch_rows"),
     ({"train.batch_rows": 10, "train.pieces": 4}, "train.pieces"),
+    ({"train.checkpoint_seconds": -1}, "train.checkpoint_seconds"),
     ({"train.epochs": "inf"}, "train.epochs"),
     ({"train.epochs": 1e9}, "train.epochs"),
     ({"train.steps": 2**31}, "train.steps"),

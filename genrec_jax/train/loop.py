@@ -136,7 +136,8 @@ class _Run:
 
     def _steps(self, first: int, batches: Any, log: MetricsLog, checkpoints: Checkpoints) -> str:
         step_fn: Any = None
-        since, marked = first, time.perf_counter()
+        since = first
+        marked = saved = time.perf_counter()
         train = self.trial.train
         for step in range(first + 1, self.counts.steps + 1):
             batch = next(batches)
@@ -154,11 +155,13 @@ class _Run:
                 since, marked = step, time.perf_counter()
                 if self._diverged(loss):
                     return "diverged"
-            if step % train.checkpoint_every == 0 or last:
+            due = step % train.checkpoint_every == 0 and time.perf_counter() - saved >= train.checkpoint_seconds
+            if due or last:
                 jax.block_until_ready(self._state)
                 self.train_seconds += time.perf_counter() - marked
                 checkpoints.save(step, self._state, self._record(batches))
                 since, marked = step, time.perf_counter()
+                saved = marked
         return "done"
 
     def _compile(self, batch: Any) -> Any:

@@ -34,6 +34,7 @@ SETTINGS = {
     "train.steps": 12,
     "train.log_every": 2,
     "train.checkpoint_every": 5,
+    "train.checkpoint_seconds": 0.0,
 }
 
 
