@@ -49,8 +49,8 @@ class TrainConfig:
     batch_rows: rows per step. epochs: passes over the training rows (ignored if ``steps`` is set). steps: optimiser
     steps. warmup: share of the steps. embedding_learning_rate and embedding_weight_decay: the rule for tables.
     clip: largest global gradient norm. precision: compute type; parameters and optimiser state stay float32.
-    pieces: parts of a batch that are worked on one after another. log_every: in steps. checkpoint_every: in steps, but no
-    sooner than checkpoint_seconds after the last one: a small model's step is shorter than its checkpoint.
+    pieces: parts of a batch that are worked on one after another. log_every: in steps. checkpoint_every: in steps,
+    but no sooner than checkpoint_seconds after the last one: a small model's step is shorter than its checkpoint.
     """
 
     batch_rows: int = 32
