@@ -1,5 +1,6 @@
 """From row indices to a Batch: which rows share a packed row, and the vectorised gather of their events."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -59,11 +60,8 @@ class Assembler:
         self._columns = {name: np.asarray(getattr(sequences, name)) for name in ("item", "time", "labels")}
         self._features = {f.name: _table(f, sequences.features[f.name]) for f in sequences.schema.features}
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self._sequences.path, "rows": self._rows, "shape": self._shape}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(load(state["path"]), state["rows"], state["shape"])  # type: ignore[misc]
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (self._sequences.path, self._rows, self._shape)
 
     def __call__(self, plan: np.ndarray) -> Batch:
         """The batch whose segment s of row b is row ``plan[b, s]`` ([B, S] int64, EMPTY for none).
@@ -130,6 +128,11 @@ class Assembler:
 
     def _item_features(self, item: np.ndarray) -> dict[str, np.ndarray]:
         return {f.name: self._features[f.name].take(item, axis=0) for f in self._sequences.schema.item_features}
+
+
+def _reopen(path: Path, rows: RowTable, shape: Shape) -> Assembler:
+    """An assembler in another process: it opens the memory-mapped columns again rather than copying them."""
+    return Assembler(load(path), rows, shape)
 
 
 def _table(feature: Feature, table: np.ndarray) -> np.ndarray:

@@ -110,7 +110,7 @@ class _Run:
         self._first_loss: float | None = None
         optimizer = make_optimizer(trial.train, counts.steps)
         self._state = init_state(params, optimizer, trial.seed)
-        self._step = make_step(model, optimizer, trial.train.pieces)
+        self._step: Any = make_step(model, optimizer, trial.train.pieces)
 
     def fit(self) -> tuple[State, str]:
         """Runs to the last step; returns the final state and "done" or "diverged"."""
@@ -166,7 +166,7 @@ class _Run:
 
     def _compile(self, batch: Any) -> Any:
         start = time.perf_counter()
-        compiled = self._step.lower(self._state, jax.tree.map(np.asarray, batch)).compile()  # type: ignore[attr-defined]
+        compiled = self._step.lower(self._state, jax.tree.map(np.asarray, batch)).compile()
         self.compile_seconds = time.perf_counter() - start
         return compiled
 

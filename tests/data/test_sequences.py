@@ -121,7 +121,7 @@ def test_manifest_without_a_key_is_refused(tmp_path, key):
 def test_manifest_that_is_none_is_refused(tmp_path, text):
     dataset(tmp_path / "d", TIMES)
     (tmp_path / "d/dataset.json").write_text(text, encoding="latin-1")
-    refused(tmp_path / "d")
+    assert "dataset.json" in refused(tmp_path / "d")
 
 
 @pytest.mark.parametrize(("part", "value"), [("items", None), ("tasks", None), ("features", [{"name": "x"}])])
