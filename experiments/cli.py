@@ -179,7 +179,7 @@ def report(runs: Positional[tuple[Path, ...]], *, out: Path) -> None:
     """Write one self-contained HTML report of studies or results tables.
 
     Args:
-        runs: Folders of studies, or results tables.
+        runs: Folders of studies, folders that hold several of them, or results tables.
         out: HTML file to write.
     """
     from experiments.run import write_report

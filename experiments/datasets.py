@@ -34,7 +34,7 @@ def import_command(
     flag = "--mapping" if mapping_file is not None else next(map(_flag, given), None)
     if flag is not None:
         raise UserError(f"{files[0]} is {raw.name}, whose columns are known: leave out {flag}, or name its log file")
-    import_log(raw.files, raw.mapping, out, name=raw.name, quiet=quiet)
+    import_log(raw.files, raw.mapping, out, name=raw.name, notes=raw.notes, quiet=quiet)
 
 
 def _mapping(given: Mapping[str, Any], mapping_file: Path | None) -> LogMapping:

@@ -12,15 +12,15 @@ Expect HSTU to gain from the first few blocks and DLRM to gain nothing after two
 
 import sys
 
-from experiments.ladders import BASE, heads, rates
+from experiments.ladders import BASE, RECIPES, heads, training
 from experiments.study import Study
 from experiments.sweep import Sweep, model, param
 
 
 def _sweep(depths: list[int], hstu: int, dlrm: int, seeds: list[int]) -> Sweep:
     sizes = {"model.width": hstu, "model.heads": heads(hstu)}
-    blocks = model("hstu", **{**sizes, "train.batch_rows": 16, **rates(hstu)})
-    layers = model("dlrm", **{"model.width": dlrm, "model.embedding": 24, "train.batch_rows": 32, **rates(dlrm)})
+    blocks = model("hstu", **{**sizes, **training(RECIPES["hstu"], hstu)})
+    layers = model("dlrm", **{"model.width": dlrm, "model.embedding": 24, **training(RECIPES["dlrm"], dlrm)})
     return (blocks + layers) * param("model.depth", depths, axis=True) * param("seed", seeds)
 
 

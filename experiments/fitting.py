@@ -15,7 +15,9 @@ def fit_and_print(tables: Sequence[Path], y: str | None, x: str, group: str, out
     console = Console(highlight=False, soft_wrap=True)
     for panel in result["panels"]:
         place = " ".join(part for part in (panel["study"], panel["dataset"]) if part)
-        console.print(f"{panel['metric']} against {panel['x']} {place}".strip())
+        console.print(f"{panel['metric']} against {panel['axis'] or panel['x']} {place}".strip())
+        if panel["plain"]:
+            console.print(f"  {panel['plain']}")
         for warning in panel["warnings"]:
             console.print(f"  {'':>12}  {warning['code']}: {warning['text']}")
         for family in panel["families"]:

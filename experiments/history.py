@@ -13,7 +13,7 @@ Expect HSTU to use what it sees; DLRM's pooled history saturates early.
 
 import sys
 
-from experiments.ladders import heads, rates
+from experiments.ladders import RECIPES, heads, training
 from experiments.study import Study
 from experiments.sweep import Sweep, model, param
 
@@ -23,10 +23,10 @@ def _sweep(
 ) -> Sweep:
     width, depth = hstu
     sizes = {"model.width": width, "model.depth": depth, "model.heads": heads(width)}
-    blocks = model("hstu", **{**sizes, "train.batch_rows": 16, **rates(width)})
-    sizes = {"model.width": dlrm[0], "model.depth": dlrm[1], "model.embedding": 24, "train.batch_rows": 32}
+    blocks = model("hstu", **{**sizes, **training(RECIPES["hstu"], width)})
+    sizes = {"model.width": dlrm[0], "model.depth": dlrm[1], "model.embedding": 24}
     for name in pooling:
-        blocks += model(name, **{**sizes, **rates(dlrm[0])})
+        blocks += model(name, **{**sizes, **training(RECIPES[name], dlrm[0])})
     return blocks * param("data.history", lengths, axis=True) * param("seed", seeds)
 
 

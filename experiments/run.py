@@ -2,7 +2,7 @@
 
 import importlib
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import experiments
@@ -27,7 +27,7 @@ def run_named(
     """Runs a study and writes its table and report; returns the exit code (1 if a trial failed for good)."""
     from experiments.dry_run import print_plan, with_cost
     from experiments.launch import run_study
-    from experiments.truth import write_references
+    from experiments.truth import write_notes, write_references
     from genrec_jax.data.catalog import load_any
     from genrec_jax.data.sequences import digest_of
     from genrec_jax.train.estimate import estimate, plan_account
@@ -39,15 +39,16 @@ def run_named(
     study = known[name]
     folder = load_any(data, quiet=quiet)
     planned = study.trials(str(folder), budget, digest_of(folder))
-    if dry_run:
-        print_plan(planned, estimate, workers=workers)
-        return 0
     target = out or Path("runs") / f"{name}-{data.resolve().name}-{budget}"
+    if dry_run:
+        print_plan(planned, estimate, workers=workers, out=target)
+        return 0
     # The launcher touches no device: the workers need all of it.
     planned = with_cost(planned, lambda trial: plan_account(trial).train_flops)
     target.mkdir(parents=True, exist_ok=True)
     write_json(target / "study.json", {"title": study.title, "summary": study.doc, "metric": study.metric})
     write_references(planned, target)
+    write_notes(folder, target)
     summary = run_study(planned, target, workers=workers, quiet=quiet)
     print(f"{summary.done} done, {summary.diverged} diverged, {len(summary.failed)} failed; table {summary.table}")
     if summary.done:
@@ -56,24 +57,60 @@ def run_named(
 
 
 def write_report(runs: Sequence[Path], out: Path) -> None:
-    """Writes one page for study folders or tables; a single study lends the page its title and question."""
-    import scaling
-    from experiments.truth import read_references
+    """Writes one page for study folders, folders of study folders, or tables.
 
+    A single study lends the page its title and question; of several, each opens its own section with them.
+    """
+    import scaling
+    from experiments.truth import read_notes, read_references
+
+    runs = [folder for path in runs for folder in _study_folders(path)]
+    headings = {path: heading for path in runs if (heading := read_record(path / "study.json")) is not None}
     title, summary, metric = "Scaling report", "", None
-    heading = read_record(runs[0] / "study.json") if len(runs) == 1 else None
-    if heading is not None:
+    intros: dict[str, str] = {}
+    if len(runs) == 1 and headings:
+        (heading,) = headings.values()
         title, summary, metric = heading["title"], heading["summary"], heading["metric"]
+    else:
+        intros = _intros(headings)
+        metrics = {heading["metric"] for heading in headings.values()}
+        metric = metrics.pop() if len(metrics) == 1 else None
     references = read_references(runs)
     analysis = scaling.report_command(
-        list(runs),
+        runs,
         out,
         title=title,
-        summary=summary,
-        references=references,
         y=metric,
+        summary=summary,
+        intros=intros,
+        notes=read_notes(runs),
+        references=references,
         assets_dir=out.with_name(f"{out.stem}_figures"),
     )
     for line in scaling.held_against_truth(analysis, references):
         print(line)
     print(f"report {out}")
+
+
+def _intros(headings: Mapping[Path, Mapping[str, str]]) -> dict[str, str]:
+    """What opens each study's section: its question, and which folders were pooled in it."""
+    import scaling
+
+    folders: dict[tuple[str, str], list[str]] = {}
+    intros: dict[str, str] = {}
+    for path, heading in headings.items():
+        table = scaling.read_table(path)
+        intros |= dict.fromkeys(table.distinct("study"), heading["summary"])
+        for place in dict.fromkeys(zip(table.text("study"), table.text("dataset"), strict=True)):
+            folders.setdefault(place, []).append(path.name)
+    for (study, dataset), names in folders.items():
+        if len(names) > 1:
+            pooled = f"The trials of these folders on {dataset} are pooled: {', '.join(names)}."
+            intros[study] = f"{intros.get(study, '')}\n\n{pooled}"
+    return intros
+
+
+def _study_folders(path: Path) -> list[Path]:
+    """The path itself, or the studies in it where it is no study but a folder of studies."""
+    inside = sorted(table.parent for table in path.glob("*/results.csv"))
+    return inside if inside and not (path / "results.csv").is_file() else [path]

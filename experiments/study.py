@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from experiments.sweep import AxisValue, Point, Sweep
+from experiments.sweep import Point, Sweep
 from genrec_jax.config import Trial, default_trial, override
 from genrec_jax.errors import UserError
 
@@ -25,7 +25,7 @@ class PlannedTrial:
     family: str
     label: str
     axis: str
-    axis_value: AxisValue | None = None
+    axis_value: float | None = None
     cost: float | None = None
 
     @property

@@ -1,8 +1,8 @@
 """A small algebra of sweeps: a study's points are a product, a zip or a concatenation of shorter lists.
 
-    models("hstu", "dlrm") * param("model.depth", [1, 2, 4], axis=True) * param("seed", [0, 1])
+    (model("hstu") + model("dlrm")) * param("model.depth", [1, 2, 4], axis=True) * param("seed", [0, 1])
     model("hstu", **{"model.width": 64}) * zipped(param("model.depth", [1, 2]), param("seed", [3, 4]))
-    models("din") + model("dcn", family="DCN v2") * ladder({"S": {"model.width": 32}, "M": {"model.width": 64}})
+    model("din") + model("dcn", family="DCN v2") * ladder({"S": {"model.width": 32}, "M": {"model.width": 64}})
 
 Two factors never set the same thing: a key, the axis or the model given twice is refused, not silently overridden.
 """
@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from genrec_jax.errors import UserError
-
-AxisValue = float | str
 
 
 @dataclass(frozen=True)
@@ -25,7 +23,7 @@ class Point:
     """
 
     label: str = ""
-    axis_value: AxisValue | None = None
+    axis_value: float | None = None
     values: Mapping[str, Any] = field(default_factory=dict)
     model: str | None = None
     family: str | None = None
@@ -67,8 +65,14 @@ class Sweep:
 
 
 def param(key: str, values: Sequence[Any], *, axis: bool = False) -> Sweep:
-    """One point per value of a dotted key; ``axis`` makes the values the study's x. Seeds stay out of the label."""
+    """One point per value of a dotted key; ``axis`` makes the values the study's x. Seeds stay out of the label.
+
+    Raises UserError for an axis of anything but numbers: a law has no place for words.
+    """
     name = key.rpartition(".")[2]
+    for value in values:
+        if axis and not isinstance(value, int | float):
+            raise UserError(f"the axis {key!r} must have numbers as values, not {value!r}")
     return Sweep(
         tuple(
             Point(
@@ -86,22 +90,9 @@ def model(name: str, *, family: Any = None, **values: Any) -> Sweep:
     return Sweep((Point(model=name, values=values, family=family or name),))
 
 
-def models(*names: str) -> Sweep:
-    """Several architectures with their default values."""
-    return Sweep(tuple(point for name in names for point in model(name)))
-
-
-def ladder(rungs: Mapping[str, Mapping[str, Any]], *, axis: str | None = None) -> Sweep:
-    """Named points, smallest first by convention; ``axis``: the key of every rung whose value is the study's x."""
-    for name, values in rungs.items():
-        if axis is not None and axis not in values:
-            raise UserError(f"rung {name!r} of the ladder does not set its axis {axis!r}")
-    return Sweep(
-        tuple(
-            Point(label=name, axis_value=values[axis] if axis else None, values=dict(values))
-            for name, values in rungs.items()
-        )
-    )
+def ladder(rungs: Mapping[str, Mapping[str, Any]]) -> Sweep:
+    """Named points, smallest first by convention."""
+    return Sweep(tuple(Point(label=name, values=dict(values)) for name, values in rungs.items()))
 
 
 def zipped(first: Sweep, *others: Sweep) -> Sweep:

@@ -98,11 +98,9 @@ def _settings(config: Mapping[str, Any]) -> Row:
     )
 
 
-def _order(axis_value: Any) -> tuple[int, float, str]:
-    """Numbers by size, then words, then nothing."""
-    if axis_value is None:
-        return (2, 0.0, "")
-    return (1, 0.0, axis_value) if isinstance(axis_value, str) else (0, float(axis_value), "")
+def _order(axis_value: float | None) -> tuple[bool, float]:
+    """Numbers by size, then nothing."""
+    return axis_value is None, axis_value or 0.0
 
 
 def _write(path: Path, columns: list[str], rows: list[Row]) -> None:

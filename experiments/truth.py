@@ -1,10 +1,11 @@
-"""What is known of a synthetic world: the floors of every history length a study evaluates, on its own impressions."""
+"""What a study's folder says of its data beside the results: the floors of a synthetic world, and a dataset's notes."""
 
 import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.folder import read_record
 from experiments.study import PlannedTrial
 from genrec_jax.config import DataConfig
 from genrec_jax.data.pipeline import evaluation_events
@@ -39,7 +40,7 @@ def _floors(config: DataConfig, history: int | None, name: str) -> list[Referenc
     found = truth(sequences, impressions, begins, history)
     values = {"ne": found.mean["bayes_realised"]}
     values |= {f"ne/{task}": value for task, value in zip(found.tasks, found.bayes_realised, strict=True)}
-    references = [Reference(name, v, v, v, metric, sequences.name) for metric, v in values.items()]
+    references = [Reference(name, v, v, v, metric, sequences.name, history) for metric, v in values.items()]
     if history is None:
         oracle = {"ne": found.mean["oracle_realised"]}
         oracle |= {f"ne/{task}": value for task, value in zip(found.tasks, found.oracle_realised, strict=True)}
@@ -57,3 +58,23 @@ def read_references(folders: Sequence[Path]) -> list[Reference]:
                 reference = Reference(**record)
                 found[reference.name, reference.metric, reference.dataset, reference.value] = reference
     return list(found.values())
+
+
+def write_notes(data: Path, out: Path) -> None:
+    """Writes ``OUT/notes.json``: {dataset's name: what a reader must know of it}, from the dataset's own record.
+
+    The notes are the list of sentences ``source.notes`` of ``DATA/dataset.json``; without any, nothing is written.
+    """
+    record = read_record(data / "dataset.json") or {}
+    notes = record.get("source", {}).get("notes")
+    if notes:
+        write_json(out / "notes.json", {record["name"]: list(notes)})
+
+
+def read_notes(folders: Sequence[Path]) -> dict[str, list[str]]:
+    """The notes of the given study folders by dataset, each once."""
+    found: dict[str, list[str]] = {}
+    for folder in folders:
+        for name, notes in (read_record(folder / "notes.json") or {}).items():
+            found[name] = list(dict.fromkeys([*found.get(name, []), *notes]))
+    return found

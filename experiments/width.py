@@ -3,7 +3,8 @@
     python -m experiments.width --data DATA --budget small --workers 2
 
 Two HSTU blocks against DLRM with two layers in its top MLP; DLRM's MLP is four times as wide, which makes the
-families' parameters comparable. The learning rate follows the frozen rule (falls with the square root of the width).
+families' parameters comparable. The learning rate follows each family's recipe (falls with the square root of the
+width).
 
 Small: widths 16 to 128, 8 trials, about five minutes with two workers on two cores. Medium: 32 to 512, two seeds.
 Large: 128 to 1024.
@@ -13,20 +14,20 @@ Expect both to gain from width with diminishing returns on MovieLens-1M, HSTU fu
 
 import sys
 
-from experiments.ladders import BASE, heads, rates
+from experiments.ladders import BASE, RECIPES, heads, training
 from experiments.study import Study
 from experiments.sweep import Sweep, model, param, zipped
 
 
 def _sweep(widths: list[int], seeds: list[int]) -> Sweep:
-    def axis(scale: int) -> Sweep:
+    def axis(family: str, scale: int) -> Sweep:
         swept = param("model.width", [scale * width for width in widths], axis=True)
-        rules = [param(key, [rates(scale * width)[key] for width in widths]) for key in rates(widths[0])]
-        return zipped(swept, *rules)
+        rules = [training(RECIPES[family], scale * width) for width in widths]
+        return zipped(swept, *(param(key, [rule[key] for rule in rules]) for key in rules[0]))
 
     number = param("model.heads", [heads(width) for width in widths])
-    blocks = model("hstu", **{"model.depth": 2, "train.batch_rows": 16}) * zipped(axis(1), number)
-    layers = model("dlrm", **{"model.depth": 2, "model.embedding": 24, "train.batch_rows": 32}) * axis(4)
+    blocks = model("hstu", **{"model.depth": 2}) * zipped(axis("hstu", 1), number)
+    layers = model("dlrm", **{"model.depth": 2, "model.embedding": 24}) * axis("dlrm", 4)
     return (blocks + layers) * param("seed", seeds)
 
 

@@ -27,7 +27,9 @@ class History:
     """Past events. item, time (seconds since the dataset's origin), segment: [B, N] int32; labels: [B, N, A] uint8.
 
     ``supervised`` [B, N] bool marks events whose labels are training targets (generative rows); all False in
-    impression rows and in every evaluation row. ``features[name]``: item features, [B, N] or [B, N, width] int32.
+    impression rows and in every evaluation row. ``before`` [B, N] int32: how many events of the segment came before the
+    event's request, so before anything it was shown with; its own place where events are not shown together, 0 at
+    padding. ``features[name]``: item features, [B, N] or [B, N, width] int32.
     """
 
     item: Array
@@ -35,6 +37,7 @@ class History:
     labels: Array
     segment: Array
     supervised: Array
+    before: Array
     features: dict[str, Array]
 
 
@@ -43,13 +46,15 @@ class History:
 class Candidates:
     """Items to score, C = S * K slots. item, time (request time), segment: [B, C] int32; labels: [B, C, A] uint8.
 
-    All candidates of a segment share the segment's history and its request time.
+    All candidates of a segment share its request time and ``before`` [B, C] int32: how many events of the segment's
+    history came before the first candidate's request: all, but for a window whose last request goes on here.
     """
 
     item: Array
     time: Array
     labels: Array
     segment: Array
+    before: Array
     features: dict[str, Array]
 
 

@@ -44,13 +44,15 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """How a trial is trained; AdamW, linear warm-up, cosine decay to zero at the trial's own last step.
+    """How a trial is trained; AdamW, linear warm-up, cosine decay to zero just after the trial's own last step.
 
     batch_rows: rows per step. epochs: passes over the training rows (ignored if ``steps`` is set). steps: optimiser
     steps. warmup: share of the steps. embedding_learning_rate and embedding_weight_decay: the rule for tables.
     clip: largest global gradient norm. precision: compute type; parameters and optimiser state stay float32.
     pieces: parts of a batch that are worked on one after another. log_every: in steps. checkpoint_every: in steps,
     but no sooner than checkpoint_seconds after the last one: a small model's step is shorter than its checkpoint.
+    validations: evaluations of the validation part, evenly spaced over the steps, the last one after the last step.
+    report_test: evaluate the test part after that; while settings are being chosen it is best left unread.
     """
 
     batch_rows: int = 32
@@ -66,9 +68,11 @@ class TrainConfig:
     clip: float = 1.0
     precision: Literal["float32", "bfloat16"] = "float32"
     pieces: int = 1
+    report_test: bool = True
     log_every: int = 50
     checkpoint_every: int = 100
     checkpoint_seconds: float = 20.0
+    validations: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +187,7 @@ def check(trial: Trial) -> None:
         "train.pieces": train.pieces,
         "train.log_every": train.log_every,
         "train.checkpoint_every": train.checkpoint_every,
+        "train.validations": train.validations,
     }
     positive |= {"train.epochs": train.epochs} if train.steps == 0 else {"train.steps": train.steps}
     for key, value in positive.items():

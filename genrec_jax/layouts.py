@@ -2,8 +2,10 @@
 
 Every row is ``[S context | N history events, one or two tokens each | C candidates]``. Within a segment the order is
 context 0, then the history, then one shared order for all candidates: a candidate sees its segment's context and
-history and itself, never another candidate, so scoring K candidates together equals scoring them one by one. Nothing
-here depends on S or on a row's neighbours, so a packed row equals its segments alone.
+history and itself, never another candidate, so scoring K candidates together equals scoring them one by one. Events
+shown together share an order too: nobody knows the action on an item while choosing on its neighbour, so none of a
+request's events sees another, as history or as candidates. Nothing here depends on S or on a row's neighbours, so a
+packed row equals its segments alone.
 """
 
 import dataclasses
@@ -53,10 +55,8 @@ class Layout:
         """Attributes of the T = ``row_tokens`` tokens of each row; a token asks and is looked at at its own time."""
         history, candidates = batch.history, batch.candidates
         segments = batch.user.shape[1]
-        lengths = segment_lengths(history.segment, segments)
-        first = self.context + self.per_event * segment_positions(history.segment)
-        event_order = first[..., None] + jnp.arange(self.per_event, dtype=jnp.int32)
-        after = self.context + self.per_event * of_segment(lengths, candidates.segment)
+        # An action comes one order after its item, so it sees it; its request's other items may stand later in the row.
+        event_order = self._order(history.before)[..., None] + jnp.arange(self.per_event, dtype=jnp.int32)
         context_segment, context_time = _segments(batch)
 
         def row(context: jax.Array, event: jax.Array, candidate: jax.Array) -> jax.Array:
@@ -69,10 +69,14 @@ class Layout:
         time = row(context_time, twice(history.time), candidates.time)
         return Tokens(
             segment=row(context_segment, twice(history.segment), candidates.segment),
-            order=row(jnp.zeros_like(context_segment), event_order, after),
+            order=row(jnp.zeros_like(context_segment), event_order, self._order(candidates.before)),
             query_time=time,
             key_time=time,
         )
+
+    def _order(self, before: jax.Array) -> jax.Array:
+        """Order of the first token of what was shown after ``before`` events of its segment."""
+        return self.context + self.per_event * before
 
 
 # HSTU ranking: context, i1, a1, i2, a2, ..., candidates (arXiv 2402.17152, section 2).
@@ -143,11 +147,6 @@ def segment_positions(segment: jax.Array) -> jax.Array:
     before = jnp.pad(segment[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
     start = jnp.where(segment != before, index, 0)
     return index - jax.lax.cummax(start, axis=1)
-
-
-def segment_lengths(segment: jax.Array, segments: int) -> jax.Array:
-    """segment [B, N] -> events of each segment, [B, S] int32."""
-    return jnp.sum(_member(segment, segments), axis=1, dtype=jnp.int32)
 
 
 def _member(segment: jax.Array, segments: int) -> jax.Array:

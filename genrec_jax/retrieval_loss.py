@@ -1,11 +1,7 @@
 """The sampled-softmax objective of next-item retrieval (HSTU, arXiv 2402.17152, public retrieval code)."""
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
-
-Negatives = Literal["independent", "shared"]
 
 _CHUNK = 256  # positions whose logits against the whole corpus are held at a time
 # Up to this many items per negative, products with the whole corpus beat gathering the rows of the negatives.
@@ -18,24 +14,19 @@ def l2_normalise(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.maximum(square, epsilon**2))
 
 
-def draw_negatives(
-    key: jax.Array, targets: jax.Array, count: int, items: int, kind: Negatives = "independent"
-) -> jax.Array:
-    """Uniform negatives with replacement among the ids 1..items.
+def draw_negatives(key: jax.Array, targets: jax.Array, count: int, items: int) -> jax.Array:
+    """Uniform negatives with replacement among the ids 1..items, drawn for each position on its own.
 
     Args:
       key: a random key.
       targets: [B, T], read for its shape only.
       count: R, negatives per position.
       items: largest id; 0 is padding and never drawn.
-      kind: "independent" draws each position's negatives on their own, [B, T, R], as the reference does; "shared"
-        lets the positions of a row share one draw, [B, 1, R]: the same expected gradient with more variance.
 
     Returns:
-      int32 ids. An id's probability is off from 1/items by less than items / 2**32, relatively.
+      int32 ids [B, T, R]. An id's probability is off from 1/items by less than items / 2**32, relatively.
     """
-    shape = targets.shape if kind == "independent" else (targets.shape[0], 1)
-    bits = jax.random.bits(key, (*shape, count), jnp.uint32)
+    bits = jax.random.bits(key, (*targets.shape, count), jnp.uint32)
     return (bits % jnp.uint32(items)).astype(jnp.int32) + 1
 
 
@@ -57,7 +48,7 @@ def sampled_softmax(
       items: [V, D], the whole table, normalised likewise.
       targets: int [B, T], ids in 0..V-1.
       weights: [B, T], 1 for a supervised position and 0 for padding; all zero gives a loss of 0.
-      negatives: int [B, T, R], or [B, 1, R] shared by the positions of a row.
+      negatives: int [B, T, R].
       temperature: divisor of the similarities.
 
     Raises:
@@ -66,12 +57,10 @@ def sampled_softmax(
     batch, length, _ = outputs.shape
     if targets.shape != (batch, length) or weights.shape != (batch, length):
         raise ValueError(f"targets {targets.shape} and weights {weights.shape} must be {(batch, length)}")
-    if negatives.ndim != 3 or negatives.shape[0] != batch or negatives.shape[1] not in (1, length):
-        raise ValueError(f"negatives must be [B, T, R] or [B, 1, R], got {negatives.shape}")
+    if negatives.ndim != 3 or negatives.shape[:2] != (batch, length):
+        raise ValueError(f"negatives must be [{batch}, {length}, R], got {negatives.shape}")
     weights = jnp.where(weights.sum() > 0, weights / jnp.maximum(weights.sum(), 1e-9), 0)
     scaled = outputs / temperature
-    if negatives.shape[1] == 1 and length > 1:
-        return _shared(scaled, items, targets, weights, negatives)
     ids = jnp.concatenate([targets[..., None], negatives], axis=-1).reshape(batch * length, -1)
     flat = (scaled.reshape(batch * length, -1), items, ids, weights.reshape(-1))
     if items.shape[0] <= _DENSE_ITEMS_PER_NEGATIVE * negatives.shape[2]:
@@ -88,16 +77,6 @@ def _cross_entropy(logits: jax.Array, hit: jax.Array, weights: jax.Array) -> jax
 def _hits(ids: jax.Array) -> jax.Array:
     """True where an id past the first equals the first, the target."""
     return (ids == ids[..., :1]).at[..., 0].set(False)
-
-
-def _shared(
-    scaled: jax.Array, items: jax.Array, targets: jax.Array, weights: jax.Array, negatives: jax.Array
-) -> jax.Array:
-    """The loss when a row's positions share negatives: one small matrix product per row."""
-    positive = jnp.sum(scaled * items[targets], axis=-1, keepdims=True)
-    logits = jnp.concatenate([positive, jnp.einsum("btd,brd->btr", scaled, items[negatives[:, 0]])], axis=-1)
-    ids = jnp.concatenate([targets[..., None], jnp.broadcast_to(negatives, (*targets.shape, negatives.shape[2]))], -1)
-    return _cross_entropy(logits, _hits(ids), weights)
 
 
 def _in_chunks(scaled: jax.Array, ids: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -17,6 +17,7 @@ from scaling.style import number
 from scaling.table import Table
 
 NOT_RECORDED = "not recorded"
+NO_LAW = "No law was fitted."
 _MAX_WIDTHS = 8
 
 
@@ -24,8 +25,9 @@ def checklist(analysis: Analysis, table: Table) -> list[tuple[str, str]]:
     """Twelve (question, what the records say) pairs for one analysis and the table it came from."""
     named = [(_where(p, f, len(analysis.panels) > 1), f) for p in analysis.panels for f in p.families]
     families = [family for _, family in named]
+    fitted = any(family.fit for family in families)
     return [
-        ("Form, and the alternatives tried", _forms(named)),
+        ("Form, and the alternatives tried", _forms(named) if fitted else NO_LAW),
         ("Runs, sizes, seeds, range; what was left out", _runs(analysis, table)),
         ("Final or intermediate checkpoints", _checkpoints(table)),
         ("Parameter counts and FLOP formula", _counting(table)),
@@ -33,9 +35,9 @@ def checklist(analysis: Analysis, table: Table) -> list[tuple[str, str]]:
             "Learning rate, batch, warm-up, decay",
             _schedule(table),
         ),
-        ("Loss space, weights, optimiser", _estimation(families)),
-        ("Parameters with intervals; conditioning", _conditioning(families)),
-        ("Residuals", _residuals(named)),
+        ("Loss space, weights, optimiser", _estimation(families) if fitted else NO_LAW),
+        ("Parameters with intervals; conditioning", _conditioning(families) if fitted else NO_LAW),
+        ("Residuals", _residuals(named) if fitted else NO_LAW),
         ("Error at held-out scale", _held_out(named)),
         ("Data, split, metric, candidates, base rate", _data(analysis, table)),
         ("Seeds and evaluation noise", _noise(families, table)),
@@ -80,12 +82,20 @@ def _values(table: Table, name: str) -> str:
         return NOT_RECORDED
     values = table.distinct(name)
     if len(values) <= 4:
-        return ", ".join(values)
+        return ", ".join(map(_short, values))
     try:
         numbers = np.array([float(value) for value in values])
     except ValueError:
         return f"{len(values)} distinct values"
     return f"{len(values)} values from {numbers.min():.4g} to {numbers.max():.4g}"
+
+
+def _short(value: str) -> str:
+    """A measured number to six digits; everything else as it is."""
+    try:
+        return f"{float(value):.6g}" if len(value) > 8 and "." in value else value
+    except ValueError:
+        return value
 
 
 def _range(table: Table, name: str, label: str) -> str:
@@ -134,7 +144,7 @@ def _estimation(families: Sequence[FamilyResult]) -> str:
     used = dict.fromkeys(f.chosen for f in families if f.chosen)
     estimators = "; ".join(f"{form}: {ESTIMATORS[form]}" for form in used)
     return (
-        f"{estimators or 'no law was fitted'}. Each configuration counts once (mean over its seeds). The exponent's "
+        f"{estimators}. Each configuration counts once (mean over its seeds). The exponent's "
         "grid covers its whole range, so there are no starting points to choose."
     )
 
@@ -197,7 +207,22 @@ def _noise(families: Sequence[FamilyResult], table: Table) -> str:
     spread = np.concatenate([f.points.spread for f in families])
     known = spread[np.isfinite(spread)]
     seeds = f"median seed standard deviation {np.median(known):.2g}" if len(known) else "one seed: not measured"
-    return f"{_sentence(seeds)} over {len(known)} configurations; evaluation noise (resampled users): {NOT_RECORDED}."
+    return f"{_sentence(seeds)} over {len(known)} configurations; evaluation noise: {_evaluation_noise(table)}."
+
+
+def _evaluation_noise(table: Table) -> str:
+    """The standard error of NE that a finite set of evaluation users leaves, where the table records it."""
+    if not table.has("ne_error"):
+        return NOT_RECORDED
+    errors = table.where(done(table)).numbers("ne_error")
+    errors = errors[np.isfinite(errors)]
+    if not len(errors):
+        return NOT_RECORDED
+    # All trials score the same impressions, so this part of the noise is common to them.
+    return (
+        f"median standard error of NE {np.median(errors):.2g} over {len(errors)} trials, users resampled as wholes "
+        "(trials scored on the same impressions have a part of it in common)"
+    )
 
 
 def _versions(table: Table) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Unpack
 
-from scaling.plots import Reference
-from scaling.report import write_report
+from scaling.report import PageOptions, write_report
 from scaling.study import analyse
 from scaling.table import read_table
 
@@ -40,36 +40,15 @@ def report_command(
     out: Path,
     *,
     title: str = "Scaling report",
-    summary: str = "",
-    references: Sequence[Reference] = (),
     y: str | None = None,
-    x: str = "train_flops",
-    group: str = "family",
-    form: str = "auto",
-    base: str | None = None,
-    n_boot: int = 1000,
-    seed: int = 0,
-    assets_dir: Path | None = None,
+    **options: Unpack[PageOptions],
 ) -> dict[str, object]:
     """Write the report of one or more tables or runs folders to the page `out`; returns the analysis as plain data.
+
+    `y` is the metric of `scaling.report.write_report`, and `options` are its other arguments.
 
     Raises:
         TableError: a table cannot be used; nothing is written.
         ValueError: an unknown form.
     """
-    analysis = write_report(
-        read_table(runs),
-        out,
-        title=title,
-        summary=summary,
-        references=references,
-        metric=y,
-        x=x,
-        group=group,
-        form=form,
-        base=base,
-        n_boot=n_boot,
-        seed=seed,
-        assets_dir=assets_dir,
-    )
-    return analysis.to_json()
+    return write_report(read_table(runs), out, title=title, metric=y, **options).to_json()

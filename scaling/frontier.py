@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from scaling.bootstrap import Bootstrap, interval
+from scaling.bootstrap import LEVEL, Bootstrap, interval
 from scaling.fit import CurveFit, Points
 from scaling.laws import Curves
 from scaling.table import BoolArray, FloatArray
@@ -52,8 +52,13 @@ class Comparison:
     """Base against new: ratio over quality, difference in metric per decade of x, and where the curves cross.
 
     `slope_range` is the x range both cover; `slopes` are (base, new) per decade over it. `crossings` counts how often
-    the curves cross inside that range; `crossing` is the x of the first, `crossing_interval` its interval, and
-    `crossing_share` the share of draws that cross there at all.
+    the curves cross inside that range; `crossing` is the x of the first and `crossing_share` the share of draws that
+    cross there at all.
+
+    `crossing_interval` holds the x around the first crossing at which a zero gap between the curves is not rejected at
+    5 %: the test of each x inverted (Fieller 1954), with a symmetric bootstrap interval of the gap (Hall 1988). It
+    always holds the crossing, and draws that never cross widen it; quantiles of the draws' own crossings do neither,
+    bias-corrected or not. A limit of 0 or infinity means that the range both cover holds none.
     """
 
     ratio: Ratio
@@ -170,20 +175,43 @@ def _difference(base: FloatArray, new: FloatArray) -> FloatArray:
 def _crossing(base: Family, new: Family, ends: Interval) -> tuple[int, float | None, Interval | None, float | None]:
     """How often the curves cross inside `ends`, the first crossing, its interval and the share of draws that cross."""
     grid = np.geomspace(*ends, 400)
-    level = new.fit.curves.at(grid)
-    gap = level - base.fit.curves.at(grid)
+    level = new.fit.curves.at(grid)[0]
+    gap = level - base.fit.curves.at(grid)[0]
     # Curves that coincide differ by rounding alone, whose signs are no crossings.
-    apart = np.abs(gap[0]) > 1e-12 * np.abs(level[0]).max()
-    gap = gap[:, apart]
-    count = int(np.count_nonzero(np.diff(np.signbit(gap[0]))))
-    crossing = float(_first_zero(gap, grid[apart])[0]) if count else None
+    apart = np.abs(gap) > 1e-12 * np.abs(level).max()
+    count = int(np.count_nonzero(np.diff(np.signbit(gap[apart]))))
+    crossing = float(_first_zero(gap[None, apart], grid[apart])[0]) if count else None
     if base.boot is None or new.boot is None:
         return count, crossing, None, None
-    draws = _first_zero(new.boot.draws.at(grid) - base.boot.draws.at(grid), grid)
-    found = draws[np.isfinite(draws)]
-    share = len(found) / len(draws)
-    # An interval over few crossing draws would describe the exception: it is given only when most draws cross.
-    return count, crossing, interval(found) if crossing is not None and share >= 0.5 else None, share
+    draws = new.boot.draws.at(grid) - base.boot.draws.at(grid)
+    share = float(np.isfinite(_first_zero(draws, grid)).mean())
+    limits = _crossing_limits(grid, gap, draws, crossing) if crossing is not None else None
+    return count, crossing, limits, share
+
+
+def _crossing_limits(grid: FloatArray, gap: FloatArray, draws: FloatArray, crossing: float) -> Interval:
+    """Every x around the crossing at which "the gap is zero" is not rejected at 5 %; see `Comparison`.
+
+    The test at one x compares |gap| (m,) with the 95 % quantile of |draw - gap| over the draws (R, m).
+    """
+    reach = np.quantile(np.abs(draws - gap), LEVEL, axis=0)
+    at = int(np.searchsorted(grid, crossing))
+    # How far each gap is beyond its reach; at the crossing the gap is zero, so it is never rejected itself.
+    x, beyond = np.insert(np.log(grid), at, np.log(crossing)), np.insert(np.abs(gap) - reach, at, -reach[at - 1])
+    low, high = _edge(x[at::-1], beyond[at::-1]), _edge(x[at:], beyond[at:])
+    return (
+        0.0 if low is None else min(float(np.exp(low)), crossing),
+        math.inf if high is None else max(float(np.exp(high)), crossing),
+    )
+
+
+def _edge(x: FloatArray, beyond: FloatArray) -> float | None:
+    """Where `beyond` (m,) first turns positive along x, linear between points; None if it never does."""
+    outside = np.flatnonzero(beyond > 0)
+    if not len(outside):
+        return None
+    j = int(outside[0])
+    return float(x[j - 1] + (x[j] - x[j - 1]) * beyond[j - 1] / (beyond[j - 1] - beyond[j]))
 
 
 def _first_zero(gap: FloatArray, grid: FloatArray) -> FloatArray:

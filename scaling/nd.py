@@ -45,6 +45,11 @@ class NDFit:
     warnings: tuple[Warn, ...] = ()
 
     @property
+    def params(self) -> dict[str, float]:
+        """The parameters by name, as `intervals_nd` names them, `a` included."""
+        return {name: float(getattr(self, name)) for name in (*_NAMES, "a")}
+
+    @property
     def a(self) -> float:
         """The exponent of N*(C): beta / (alpha + beta)."""
         return self.beta / (self.alpha + self.beta)

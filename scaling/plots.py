@@ -39,6 +39,7 @@ _X_NAMES = {
     "targets": "supervised targets D",
     "dense_params": "dense parameters N",
 }
+VALIDATION = "validation/"
 _SYMBOLS = {"train_flops": "C", "targets": "D", "dense_params": "N"}
 
 
@@ -46,7 +47,8 @@ _SYMBOLS = {"train_flops": "C", "targets": "D", "dense_params": "N"}
 class Reference:
     """A value known apart from the fits, such as the Bayes NE of synthetic data, for one metric and dataset.
 
-    `low` and `high` bound it (equal to `value` where it is exact); `dataset` empty means every dataset.
+    `low` and `high` bound it (equal to `value` where it is exact); `dataset` empty means every dataset; `history` is
+    the number of past events it assumes known, None for all of them or where there is no such number.
     """
 
     name: str
@@ -55,10 +57,18 @@ class Reference:
     high: float
     metric: str = "ne"
     dataset: str = ""
+    history: int | None = None
 
     def applies(self, panel: Panel) -> bool:
-        """True where the panel shows this reference's metric and dataset."""
-        return self.matches(panel.metric, panel.dataset)
+        """True where the panel shows this reference's metric and dataset, and its history length.
+
+        Where trials of several lengths share one x, the value for one length would be read as the floor of all: only
+        a panel along history shows it then.
+        """
+        lengths = {int(float(length)) for length in panel.histories}
+        mixed = len(lengths) > 1 and panel.axis != "history"
+        seen = self.history is None or not lengths or (self.history in lengths and not mixed)
+        return seen and self.matches(panel.metric, panel.dataset)
 
     def matches(self, metric: str, dataset: str) -> bool:
         """True for this metric and dataset; an unnamed dataset, on either side, is taken to match."""
@@ -66,7 +76,9 @@ class Reference:
 
 
 def metric_name(metric: str) -> str:
-    """A metric's name for people: `ne/click` is "NE (click)"."""
+    """A metric's name for people: `ne/click` is "NE (click)", `validation/ne` "validation NE"."""
+    if metric.startswith(VALIDATION):
+        return f"validation {metric_name(metric.removeprefix(VALIDATION))}"
     root, _, task = metric.partition("/")
     name = _NAMES.get(root, root.upper() if "@" in root else root)
     return f"{name} ({task})" if task else name
@@ -87,9 +99,9 @@ def base_name(panel: Panel) -> str | None:
     return panel.comparisons[0].ratio.base if panel.comparisons else None
 
 
-def panel_styles(panel: Panel, base: str | None = None) -> dict[str, FamilyStyle]:
+def panel_styles(panel: Panel) -> dict[str, FamilyStyle]:
     """A style per family of the panel."""
-    return family_styles([f.name for f in panel.families], base or base_name(panel))
+    return family_styles([f.name for f in panel.families])
 
 
 @styled
@@ -117,9 +129,12 @@ def law_figure(
     low, high = float(every.min()), float(every.max())
     for family in panel.families:
         _draw_family(axes, panel, family, styles[family.name], high, rows, compact)
-    for reference in references:
-        if reference.applies(panel):
+    shown = [reference for reference in references if reference.applies(panel)]
+    along = [reference for reference in shown if panel.axis == "history" and reference.history is not None]
+    for reference in shown:
+        if reference not in along:
             _draw_reference(axes, reference, rows)
+    _draw_along_history(axes, along, rows)
     log_x(axes, low / 1.35, high * 1.35)
     if panel.axis:
         value_ticks(axes, every)
@@ -244,6 +259,8 @@ def _draw_family(
             law = equation(fit.form, fit.params, metric_name(panel.metric), x_symbol(panel))
             label += f" (error {fit.mape:.2g} %)\n{law}"
         _draw_curve(axes, family, style, high, rows)
+    for line in map(list, family.lines):
+        axes.plot(points.x[line], points.mean[line], color=style.colour, lw=1.6, linestyle=style.line, zorder=3)
     axes.plot([], [], color=style.colour, marker=style.marker, ms=6, lw=2, linestyle=style.line, label=label)
     if not compact:
         for x, run in zip(points.x, points.runs):
@@ -253,7 +270,8 @@ def _draw_family(
                 )
     for i in range(len(points)):
         rows += [_row(family.name, "run", points.x[i], value) for value in points.runs[i]]
-        rows.append({**_row(family.name, "mean", points.x[i], points.mean[i]), "seed_sd": _known(points.spread[i])})
+        mean = _row(family.name, "mean", points.x[i], points.mean[i])
+        rows.append({**mean, "seed_sd": _known(points.spread[i]), "label": points.labels[i] if points.labels else ""})
     spread = np.nan_to_num(points.spread)
     axes.errorbar(
         points.x,
@@ -273,12 +291,16 @@ def _draw_family(
 def _draw_curve(
     axes: Axes, family: FamilyResult, style: FamilyStyle, high: float, rows: list[dict[str, object]]
 ) -> None:
-    """The law with its band inside the data, dashed and paler beyond, never further than the warning's limit."""
+    """The law with its band inside the data, dashed and paler beyond.
+
+    Never further beyond than the warning's limit, nor than the family's own range is wide: a law seen over a tenth of
+    a decade says nothing of the next one.
+    """
     assert family.fit is not None
     own = float(family.points.x.min()), float(family.points.x.max())
     spans = [("curve", np.geomspace(*own, 80))]
     if high > own[1] * 1.01:
-        beyond = np.geomspace(own[1], min(high, own[1] * MAX_EXTRAPOLATION), 30)
+        beyond = np.geomspace(own[1], min(high, own[1] * min(MAX_EXTRAPOLATION, own[1] / own[0])), 30)
         spans.append(("extrapolation", beyond))
     for kind, x in spans:
         y = family.fit.at(x)
@@ -305,6 +327,17 @@ def _draw_reference(axes: Axes, reference: Reference, rows: list[dict[str, objec
         fontsize=9,
     )
     rows.append(_row(reference.name, "reference", None, reference.value, reference.low, reference.high))
+
+
+def _draw_along_history(axes: Axes, references: Sequence[Reference], rows: list[dict[str, object]]) -> None:
+    """Values known for each history length, as marks at their lengths."""
+    known = sorted(((r.history, r) for r in references if r.history is not None), key=lambda pair: pair[0])
+    if not known:
+        return
+    label = f"{known[0][1].name.partition(',')[0]} at each history"
+    x, y = [length for length, _ in known], [r.value for _, r in known]
+    axes.plot(x, y, color=INK, marker="x", ms=6, lw=1.2, linestyle=(0, (1, 1.2)), label=label)
+    rows += [_row(r.name, "reference", length, r.value, r.low, r.high) for length, r in known]
 
 
 def _draw_residuals(axes: Axes, family: FamilyResult, style: FamilyStyle, rows: list[dict[str, object]]) -> None:

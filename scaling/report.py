@@ -7,19 +7,20 @@ figure offers its numbers as CSV. All text that comes from the table is escaped.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 
-from scaling.checklist import checklist
+from scaling.checklist import NO_LAW, checklist
 from scaling.frontier import Comparison
 from scaling.laws import N_PARAMS
 from scaling.page import document, esc, figure_html, table_html, theme_colour
 from scaling.plots import (
+    VALIDATION,
     Reference,
-    base_name,
     held_out_figure,
     law_figure,
     metric_name,
@@ -28,14 +29,34 @@ from scaling.plots import (
     x_name,
     x_symbol,
 )
-from scaling.study import Analysis, FamilyResult, Panel, analyse, done, higher_is_better, sections
+from scaling.study import (
+    Analysis,
+    FamilyResult,
+    FitOptions,
+    Joint,
+    Panel,
+    analyse,
+    done,
+    higher_is_better,
+    sections,
+)
 from scaling.style import FamilyStyle, Plot, equation, family_styles, number, tick
-from scaling.table import Table, TableError, parse_number
+from scaling.table import METRIC, Table, TableError, parse_number
 from scaling.truth import Verdict, verdicts
 
 _COMPACT_ROOTS = ("ne", "auc", "gauc")
 _NAMES = frozenset({"trial", "study", "family", "label", "dataset", "eval_set"})
 _FORM_NAMES = {"loglin": "log-linear", "power": "power law", "power_const": "power law + constant"}
+
+
+class PageOptions(FitOptions, total=False):
+    """What `report_command` passes on to `write_report`, which says what each means."""
+
+    summary: str
+    intros: Mapping[str, str] | None
+    notes: Mapping[str, Sequence[str]] | None
+    references: Sequence[Reference]
+    assets_dir: Path | None
 
 
 def write_report(
@@ -44,15 +65,12 @@ def write_report(
     *,
     title: str,
     summary: str = "",
+    intros: Mapping[str, str] | None = None,
+    notes: Mapping[str, Sequence[str]] | None = None,
     references: Sequence[Reference] = (),
     metric: str | None = None,
-    x: str = "train_flops",
-    group: str = "family",
-    form: str = "auto",
-    base: str | None = None,
-    n_boot: int = 1000,
-    seed: int = 0,
     assets_dir: Path | None = None,
+    **options: Unpack[FitOptions],
 ) -> Analysis:
     """Analyse a table and write its report.
 
@@ -61,16 +79,14 @@ def write_report(
         out_html: the page to write; written whole or not at all.
         title: the page's heading.
         summary: plain text under the heading; blank lines separate paragraphs.
+        intros: plain text of the same kind under the heading of a study, by the study's name.
+        notes: what a reader must know of a dataset, one sentence or more each, by the dataset's name; those of
+            datasets that are not in the table are left out.
         references: known values to draw and to compare fitted constants with.
         metric: the headline metric, each section's `default_metric` if None or absent there; the others get compact
-            figures.
-        x: the column the metric is explained by.
-        group: the column whose values are the families.
-        form: "auto" or one form for every family.
-        base: the family compared against, see `analyse`.
-        n_boot: bootstrap draws.
-        seed: of the bootstrap.
+            figures, those of the validation split where the headline is of it.
         assets_dir: also save every figure there as svg and csv, and the trials as `trials.csv`.
+        options: the arguments of `analyse` of the same names.
 
     Returns:
         The analysis of the headline metric.
@@ -78,14 +94,12 @@ def write_report(
     Raises:
         TableError: the table cannot be analysed; nothing is written.
     """
-    analysis = analyse(table, metric, x=x, group=group, form=form, base=base, n_boot=n_boot, seed=seed)
+    analysis = analyse(table, metric, **options)
     others = []
     for name in compact_metrics(table, analysis):
-        other = analyse(
-            table, name, x=x, group=group, form=form, base=base, n_boot=n_boot, seed=seed, axes=False, fallback=False
-        )
+        other = analyse(table, name, axes=False, fallback=False, **options)
         others.append(_without_headlines(other, analysis))
-    builder = _Builder(analysis, others, table, references)
+    builder = _Builder(analysis, others, table, references, intros or {}, notes or {})
     page = document(title, builder.body(title, summary))
     _write(out_html, page)
     if assets_dir is not None:
@@ -98,16 +112,30 @@ def write_report(
 
 
 def compact_metrics(table: Table, analysis: Analysis) -> list[str]:
-    """What deserves a small figure where it is not the headline: NE, AUC, GAUC (mean, per task), retrieval metrics."""
+    """What deserves a small figure where it is not the headline: NE, AUC, GAUC (mean, per task), retrieval metrics.
+
+    Under a headline of the validation split they are those of that split: who asks for it does not want to choose by
+    the test rows.
+    """
     shown = {_place(panel) for panel in analysis.panels}
     usable = table.where(done(table) & (table.numbers(analysis.x) > 0))
     found: set[str] = set()
     for study, dataset, part in sections(usable):
-        found |= {name for name in part.metrics() if (study, dataset, name) not in shown and _finite(part, name)}
-    return [name for name in usable.metrics() if name in found and _is_compact(name)]
+        names = _metrics(part, analysis.metric)
+        found |= {name for name in names if (study, dataset, name) not in shown and _finite(part, name)}
+    return [name for name in _metrics(usable, analysis.metric) if name in found and _is_compact(name)]
+
+
+def _metrics(table: Table, headline: str) -> list[str]:
+    """The metrics of the split that the headline is of."""
+    if not headline.startswith(VALIDATION):
+        return table.metrics()
+    names = {c: c.removeprefix(VALIDATION) for c in table.columns if c.startswith(VALIDATION)}
+    return [c for c, name in names.items() if METRIC.fullmatch(name) and not name.startswith("base_rate")]
 
 
 def _is_compact(name: str) -> bool:
+    name = name.removeprefix(VALIDATION)
     return name.partition("/")[0] in _COMPACT_ROOTS or "@" in name or name.startswith("mrr")
 
 
@@ -137,23 +165,31 @@ class _Builder:
     """Collects the page's sections and, on the way, every figure drawn."""
 
     def __init__(
-        self, analysis: Analysis, others: Sequence[Analysis], table: Table, references: Sequence[Reference]
+        self,
+        analysis: Analysis,
+        others: Sequence[Analysis],
+        table: Table,
+        references: Sequence[Reference],
+        intros: Mapping[str, str],
+        notes: Mapping[str, Sequence[str]],
     ) -> None:
         self.analysis, self.others, self.table, self.references = analysis, others, table, references
+        self.intros = intros
+        self.notes = {name: notes[name] for name in table.distinct("dataset") if notes.get(name)}
         self.plots: list[Plot] = []
         self.verdicts = verdicts(analysis, references)
         names = dict.fromkeys(f.name for panel in analysis.panels for f in panel.families)
-        base = next((b for panel in analysis.panels if (b := base_name(panel))), None)
-        self.styles: dict[str, FamilyStyle] = family_styles(list(names), base)
+        self.styles: dict[str, FamilyStyle] = family_styles(list(names))
 
     def body(self, title: str, summary: str) -> str:
         trials = ", ".join(f"{count} {status}" for status, count in self.analysis.counts.items())
-        paragraphs = "".join(f"<p>{esc(part)}</p>" for part in summary.split("\n\n") if part.strip())
+        about = '<a href="#data">Data</a>' if self.notes else ""
         parts = [
-            f'<header><h1>{esc(title)}</h1>{paragraphs}<p class="lead">Trials: {esc(trials)}. Main metric: '
+            f'<header><h1>{esc(title)}</h1>{_paragraphs(summary)}<p class="lead">Trials: {esc(trials)}. Main metric: '
             f"{esc(_main_metrics(self.analysis))}.</p></header>",
-            '<nav aria-label="Sections"><a href="#laws">Laws</a><a href="#fits">Fits</a>'
+            f'<nav aria-label="Sections">{about}<a href="#laws">Laws</a><a href="#fits">Fits</a>'
             '<a href="#checklist">Checklist</a><a href="#trials">Trials</a></nav>',
+            self._about_data(),
             '<section id="laws">',
             *(self._panel(i, panel) for i, panel in enumerate(self.analysis.panels)),
             "</section>",
@@ -164,6 +200,16 @@ class _Builder:
         ]
         return "\n".join(parts)
 
+    def _about_data(self) -> str:
+        """The notes of the datasets on the page."""
+        if not self.notes:
+            return ""
+        items = "".join(
+            f"<dt>{esc(name)}</dt>" + "".join(f"<dd>{esc(text)}</dd>" for text in texts)
+            for name, texts in self.notes.items()
+        )
+        return f'<section id="data"><h2>About the data</h2><dl>{items}</dl></section>'
+
     def _figure(self, plot: Plot | None) -> str:
         if plot is None:
             return ""
@@ -172,11 +218,18 @@ class _Builder:
 
     def _panel(self, index: int, panel: Panel) -> str:
         name = " · ".join(esc(word) for word in (panel.study, panel.dataset) if word) or "Results"
-        heading = f"<h2>{name}</h2>" if panel.axis is None else f"<h3>{name}: along {esc(x_name(panel))}</h3>"
+        before = self.analysis.panels[index - 1] if index else None
+        # The first panel of a study and dataset opens its section; a study that only tunes has no other.
+        opens = before is None or _place(before) != _place(panel)
+        along = "" if panel.axis is None else f": along {esc(x_name(panel))}"
+        heading = f"<h2>{name}{along}</h2>" if opens else f"<h3>{name}{along}</h3>"
+        if opens and (before is None or before.study != panel.study):
+            heading += _paragraphs(self.intros.get(panel.study, ""))
         law = self._figure(law_figure(panel, references=self.references, styles=self.styles))
         cards = "".join(self._card(family, panel) for family in panel.families)
-        parts = [heading, f'<div class="cards">{cards}</div>' if panel.axis is None else "", law, self._truths(index)]
-        if panel.axis is None:
+        parts = [heading, f'<div class="cards">{cards}</div>' if opens else "", law]
+        parts += [f"<p>{esc(panel.plain)}</p>" if panel.plain else "", self._truths(index)]
+        if panel.axis is None and not panel.plain:
             parts.append(self._figure(ratio_figure(panel, self.styles)))
             parts += [_comparison_html(c, panel) for c in panel.comparisons]
             small = [residual_figure(panel, self.styles), held_out_figure(panel, self.styles)]
@@ -206,6 +259,8 @@ class _Builder:
                 f"<p>{esc(number(value, 3))} {esc(_interval(limits, 3))} for each tenfold "
                 f"{esc(x_symbol(panel))} over the observed range</p>"
             )
+        if family.joint is not None:
+            lines.append(_joint_html(family.joint, metric_name(panel.metric)))
         lines.append(f"<p>{len(points)} configurations, {points.n_runs} runs</p>")
         return f'<div class="card" style="--c:{colour}"><h3>{esc(family.name)}</h3>{"".join(lines)}</div>'
 
@@ -228,8 +283,8 @@ class _Builder:
 
     def _compact(self) -> str:
         """Small figures of the other metrics: means in the open, tasks folded away."""
-        means = [other for other in self.others if "/" not in other.metric]
-        tasks = [other for other in self.others if "/" in other.metric]
+        tasks = [other for other in self.others if "/" in other.metric.removeprefix(VALIDATION)]
+        means = [other for other in self.others if other not in tasks]
         parts = [f'<div class="pair">{"".join(self._small(o) for o in means)}</div>'] if means else []
         if tasks:
             inner = "".join(self._small(other) for other in tasks)
@@ -262,6 +317,8 @@ class _Builder:
             ("bootstrap", False),
             ("at bound", False),
         ]
+        if not any(family.fits for panel in self.analysis.panels for family in panel.families):
+            return f"<p>{NO_LAW}</p>"
         rows = []
         for panel in self.analysis.panels:
             for family in panel.families:
@@ -308,6 +365,26 @@ class _Builder:
         ]
         note = "<p>Trials that diverged or failed are listed in colour; they take no part in fits.</p>"
         return note + table_html(headers, rows, label="All trials", sortable=True)
+
+
+def _joint_html(joint: Joint, metric: str) -> str:
+    """The law in parameters and targets in one line, with what is wrong with it."""
+    values = "; ".join(
+        f"{name} = {number(joint.fit.params[name], 3)} {_interval(joint.intervals[name], 3)}"
+        for name in ("E", "A", "alpha", "B", "beta")
+    )
+    cautions = "".join(f" ({warn.text})" for warn in joint.fit.warnings)
+    law = f"{metric} = E + A·N^−alpha + B·D^−beta"
+    return f"<p>In parameters N and targets D: <code>{esc(law)}</code>, 95 %: {esc(values + cautions)}</p>"
+
+
+def _paragraphs(text: str) -> str:
+    """Plain text as HTML: blank lines separate paragraphs, an indented line is a command."""
+    parts = [part for part in text.split("\n\n") if part.strip()]
+    return "".join(
+        f"<p><code>{esc(part.strip())}</code></p>" if part.startswith("    ") else f"<p>{esc(part)}</p>"
+        for part in parts
+    )
 
 
 def _interval(pair: tuple[float, float] | None, digits: int = 5) -> str:
@@ -399,8 +476,23 @@ def _crossing_text(c: Comparison, x: str) -> str:
     if c.crossing is None:
         return f"the curves do not cross over the {x} observed for both"
     share = f", in {c.crossing_share:.0%} of draws" if c.crossing_share is not None else ""
-    where = f"at {x} = {number(c.crossing, 3)} {_interval(c.crossing_interval, 3)}{share}"
+    where = f"at {x} = {number(c.crossing, 3)}{_crossing_limits(c.crossing_interval)}{share}"
     return f"the curves cross {where}" if c.crossings == 1 else f"the curves cross {c.crossings} times, first {where}"
+
+
+def _crossing_limits(pair: tuple[float, float] | None) -> str:
+    """The crossing's interval in words: a limit outside the range both families cover is not known."""
+    if pair is None:
+        return ""
+    low, high = pair
+    if low > 0 and math.isfinite(high):
+        return f" {_interval(pair, 3)}"
+    ends = [f"from {number(low, 3)}"] if low > 0 else []
+    ends += [f"up to {number(high, 3)}"] if math.isfinite(high) else []
+    unknown = "lower" if ends and low == 0 else "upper"
+    if not ends:
+        return " (95 %: no limit inside the range both cover)"
+    return f" (95 %: {ends[0]}, no {unknown} limit inside the range both cover)"
 
 
 def _comparison_html(c: Comparison, panel: Panel) -> str:

@@ -8,7 +8,7 @@ from scaling.bootstrap import Bootstrap
 from scaling.fit import CurveFit, Warn
 from scaling.frontier import Comparison
 from scaling.laws import EQUATIONS, ESTIMATORS
-from scaling.study import Analysis, FamilyResult, Panel, finite, higher_is_better
+from scaling.study import Analysis, FamilyResult, Joint, Panel, finite, higher_is_better
 
 
 def analysis_to_json(analysis: Analysis) -> dict[str, object]:
@@ -36,6 +36,9 @@ def _panel(panel: Panel) -> dict[str, object]:
         "higher_is_better": higher_is_better(panel.metric),
         "x": panel.x,
         "axis": panel.axis,
+        "axes": list(panel.axes),
+        "histories": list(panel.histories),
+        "plain": panel.plain or None,
         "families": [_family(family) for family in panel.families],
         "comparisons": [_comparison(comparison) for comparison in panel.comparisons],
         "warnings": _warnings(panel.warnings),
@@ -73,7 +76,21 @@ def _family(family: FamilyResult) -> dict[str, object]:
             }
             for p in family.predictions
         ],
+        "joint": _joint(family.joint) if family.joint else None,
         "warnings": _warnings(family.warnings),
+    }
+
+
+def _joint(joint: Joint) -> dict[str, object]:
+    fit = joint.fit
+    return {
+        "equation": "y = E + A N^-alpha + B D^-beta, N dense parameters, D targets",
+        "params": _numbers(fit.params),
+        "intervals": {name: _pair(pair) for name, pair in joint.intervals.items()},
+        "n": fit.n,
+        "share_of_starts": fit.share,
+        "condition": finite(fit.condition),
+        "warnings": _warnings(fit.warnings),
     }
 
 

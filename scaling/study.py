@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypedDict
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from scaling import laws
 from scaling.bootstrap import Bootstrap, bootstrap
 from scaling.fit import MAX_EXTRAPOLATION, CurveFit, Points, Warn, choose, fit_forms, fit_warnings
 from scaling.frontier import Comparison, Family, compare, pareto, slope_per_decade
+from scaling.nd import NDFit, bootstrap_nd, fit_nd, intervals_nd
 from scaling.table import BoolArray, FloatArray, Table, TableError
 
 # What makes two trials the same configuration, the seed apart; every `model.*` column counts too.
@@ -56,6 +58,13 @@ _FALLING = re.compile(r"(^|[^a-z])(ne|nll|mse|rmse|mae|bce|error|perplexity)([^a
 # A classical ranker's whole name, with a version or a remark after it at most: "dcn_v2" is one, "dinner" is not.
 _BASELINES = re.compile(r"(dlrm|dcn|deepfm|wukong|din|mlp)(v\d+)?([^a-z0-9].*)?")
 _STANDARD_BASELINE = "dlrm"
+COMPUTE_AXES = frozenset({"train_flops", "compute"})
+# Settings that have a best value rather than a direction of growth: along them there is no law to fit.
+_RATES = frozenset({"learning_rate", "embedding_learning_rate"})
+_TUNED = _RATES | {"batch_rows"}
+_FEWEST_X = 4
+# L(N, D) has five parameters. Its exponents are told apart only where N and D vary, and not together.
+_JOINT_CONFIGS, _JOINT_SPREAD, _JOINT_CORRELATION, _JOINT_DRAWS = 8, 2.0, 0.95, 200
 _CONSISTENT = (
     ("flops_formula", "mixed_flops_formula", "the FLOPs were counted by different formulas"),
     ("eval_set", "mixed_eval_set", "the metric comes from different evaluation sets"),
@@ -74,10 +83,20 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class Joint:
+    """The law in parameters and targets of one family, with 95 % intervals of its parameters by name."""
+
+    fit: NDFit
+    intervals: dict[str, tuple[float, float]]
+
+
+@dataclass(frozen=True)
 class FamilyResult:
     """One family in one panel: its points, every form fitted, the headline form, its bootstrap and its warnings.
 
-    `chosen` is None (and `boot` too) where the points carry no law; `best` indexes the best configuration.
+    `chosen` is None (and `boot` too) where the points carry no law; `best` indexes the best configuration; `joint` is
+    None where the trials do not vary dense parameters and targets enough, or the panel is not against compute. `lines`
+    are the indices of the points to join in a plain panel: points that differ in x alone.
     """
 
     name: str
@@ -91,6 +110,8 @@ class FamilyResult:
     warnings: tuple[Warn, ...]
     predictions: tuple[Prediction, ...]
     table: Table
+    joint: Joint | None = None
+    lines: tuple[tuple[int, ...], ...] = ()
 
     @property
     def fit(self) -> CurveFit | None:
@@ -108,7 +129,9 @@ class Panel:
     """One study on one dataset against one x: `axis` names a swept axis, or is None for the compute law.
 
     `warnings` are those about the families taken together; `comparisons` is empty where the metric of the families
-    comes from different evaluation sets.
+    comes from different evaluation sets. `plain` is empty, or the sentence that says why the panel is a plain
+    comparison: points, and no law. `axes` and `histories` are the distinct values of the columns `axis` and `history`
+    among the trials of the panel.
     """
 
     study: str
@@ -119,6 +142,20 @@ class Panel:
     families: tuple[FamilyResult, ...]
     comparisons: tuple[Comparison, ...]
     warnings: tuple[Warn, ...] = ()
+    plain: str = ""
+    axes: tuple[str, ...] = ()
+    histories: tuple[str, ...] = ()
+
+
+class FitOptions(TypedDict, total=False):
+    """What a report passes on to `analyse`, which says what each means."""
+
+    x: str
+    group: str
+    form: str
+    base: str | None
+    n_boot: int
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -145,7 +182,10 @@ class Analysis:
 
 
 def higher_is_better(metric: str) -> bool:
-    """False for losses, errors and NE, True for every other metric (AUC, hit rate, NDCG, MRR, ...)."""
+    """False for losses, errors and NE, True for every other metric (AUC, hit rate, NDCG, MRR, ...).
+
+    On any split: `validation/ne` falls as `ne` does.
+    """
     return _FALLING.search(metric.lower()) is None
 
 
@@ -182,6 +222,9 @@ def analyse(
 ) -> Analysis:
     """Fit every family of every study and dataset of a table.
 
+    No law is fitted in a panel along a tuned setting (a learning rate), nor, with form "auto", in one whose every
+    family has fewer than four distinct x. A study that only tunes has no panel against compute, which does not vary.
+
     Args:
         table: the results.
         metric: the column to explain; a section without a value of it, and every section if None, takes its own
@@ -195,7 +238,8 @@ def analyse(
         n_boot: bootstrap draws per family.
         seed: of the bootstrap.
         predict_at: values of x at which each law is evaluated, with intervals.
-        axes: also fit the metric against `axis_value` for each swept axis.
+        axes: also fit the metric against `axis_value` for each swept axis (one that tunes is always shown), and the
+            joint law in parameters and targets where a family's trials carry it.
         fallback: False leaves a section without the given metric out.
 
     Raises:
@@ -206,7 +250,8 @@ def analyse(
         raise ValueError(f"unknown form {form!r}: use auto, {', '.join(laws.FORMS)}")
     main = metric or _main_metric(table, x)
     table.require(main, x, group)
-    settings = _Settings(main, x, group, form, base, frontier, n_boot, seed, tuple(predict_at))
+    joint = axes and x == "train_flops" and not frontier
+    settings = _Settings(main, x, group, form, base, frontier, n_boot, seed, tuple(predict_at), joint)
     if base is not None and base not in table.distinct(group):
         raise TableError(f"no trial has {group} = {base!r} (there are: {', '.join(table.distinct(group))})")
     if not _usable(table, settings).any():
@@ -215,7 +260,7 @@ def analyse(
     for study, dataset, part in sections(table):
         own = _section_metric(part, metric, x) if metric is None or fallback else metric
         if own is not None:
-            panels += _panels(part, study, dataset, replace(settings, metric=own), axes and x == "train_flops")
+            panels += _panels(part, study, dataset, replace(settings, metric=own), axes)
     if not panels:
         raise TableError(f"no trial has a positive {x!r}, so {main!r} cannot be fitted against it")
     statuses = table.text("status", "done")
@@ -255,6 +300,7 @@ class _Settings:
     n_boot: int
     seed: int
     predict_at: tuple[float, ...]
+    joint: bool
 
     @property
     def rising(self) -> bool:
@@ -271,11 +317,13 @@ def _usable(table: Table, s: _Settings) -> BoolArray:
 
 
 def _panels(part: Table, study: str, dataset: str, s: _Settings, axes: bool) -> list[Panel]:
-    found = [_panel(part, study, dataset, s, None)]
-    swept = [a for a in part.distinct("axis") if a not in {"compute", s.x}] if axes else []
-    if swept and "axis_value" in part.columns:
+    named = part.distinct("axis") if s.x == "train_flops" and "axis_value" in part.columns else []
+    tunes = bool(named) and _TUNED.issuperset(named)
+    found = [] if tunes else [_panel(part, study, dataset, s, None)]
+    swept = [axis for axis in named if axis not in COMPUTE_AXES]
+    if axes or tunes:
         # A prediction is asked for in units of x, never of an axis.
-        along = replace(s, x="axis_value", predict_at=(), frontier=False)
+        along = replace(s, x="axis_value", predict_at=(), frontier=False, joint=False)
         found += [
             _panel(part.where(np.array([a == axis for a in part.text("axis")])), study, dataset, along, axis)
             for axis in swept
@@ -286,16 +334,57 @@ def _panels(part: Table, study: str, dataset: str, s: _Settings, axes: bool) -> 
 def _panel(part: Table, study: str, dataset: str, s: _Settings, axis: str | None) -> Panel:
     names = part.text(s.group, "(unnamed)")
     usable = _usable(part, s)
-    families = []
+    found: list[tuple[str, Points, Table, int, int]] = []
     for i, name in enumerate(dict.fromkeys(names)):
         own = np.array([n == name for n in names])
         if (own & usable).any():
-            lost = int((own & ~usable).sum())
-            families.append(_family(name, part.where(own & usable), lost, s, s.seed + 7919 * i))
-    warnings = _mixed_across(part.where(usable), families)
+            table = part.where(own & usable)
+            found.append((name, _points(table, s), table, int((own & ~usable).sum()), s.seed + 7919 * i))
+    plain = _plain([points for _, points, *_ in found], axis, s)
+    families = [_family(*one, s, law=not plain) for one in found]
+    if plain:
+        families = [replace(f, lines=_lines(f.table, len(f.points), axis, s)) for f in families]
+    shown = part.where(usable)
+    warnings = _mixed_across(shown, families)
     comparable = axis is None and all(w.code != "mixed_eval_set" for w in warnings)
     comparisons = _comparisons(families, s) if comparable else []
-    return Panel(study, dataset, s.metric, s.x, axis, tuple(families), tuple(comparisons), tuple(warnings))
+    return Panel(
+        study,
+        dataset,
+        s.metric,
+        s.x,
+        axis,
+        tuple(families),
+        tuple(comparisons),
+        tuple(warnings),
+        plain,
+        tuple(shown.distinct("axis")),
+        tuple(shown.distinct("history")),
+    )
+
+
+def _lines(own: Table, n: int, axis: str | None, s: _Settings) -> tuple[tuple[int, ...], ...]:
+    """The points that differ in nothing but x, where x is a tuned setting; elsewhere all of them are one line."""
+    if axis not in _TUNED:
+        return (tuple(range(n)),)
+    # The embedding's rate follows the other by a rule; labels name the rate too.
+    free = {"label", "axis_value", axis, *(_RATES if axis in _RATES else ())}
+    columns = [c for c in own.columns if (c in _DESIGN or c.startswith("model.")) and c not in free]
+    lines: dict[tuple[str, ...], list[int]] = {}
+    for i, rows in enumerate(_configuration_rows(own, s.x)):
+        lines.setdefault(tuple(own.rows[rows[0]].get(c, "") for c in columns), []).append(i)
+    return tuple(tuple(line) for line in lines.values())
+
+
+def _plain(points: Sequence[Points], axis: str | None, s: _Settings) -> str:
+    """Why a panel of these families carries no law, or nothing."""
+    said = "joined by lines, and no law is fitted, extrapolated or compared"
+    if axis in _TUNED:
+        name = axis.replace("_", " ")
+        return f"A plain comparison: the {name} is tuned, not scaled; points that differ in it alone are {said}."
+    if s.form == "auto" and all(len(np.unique(p.x)) < _FEWEST_X for p in points):
+        return f"A plain comparison: no family has {_FEWEST_X} distinct x; points are {said}."
+    return ""
 
 
 def _mixed(table: Table) -> list[Warn]:
@@ -311,13 +400,17 @@ def _mixed_across(table: Table, families: list[FamilyResult]) -> list[Warn]:
     return [Warn(w.code, w.text + silent) if w.code == "mixed_eval_set" else w for w in found]
 
 
-def _family(name: str, own: Table, lost: int, s: _Settings, seed: int) -> FamilyResult:
+def _points(own: Table, s: _Settings) -> Points:
     points = configurations(own, s.metric, s.x)
-    if s.frontier:
-        keep = np.flatnonzero(pareto(points.x, points.mean, rising=s.rising))
-        points = Points(points.x[keep], tuple(points.runs[i] for i in keep), tuple(points.labels[i] for i in keep))
+    if not s.frontier:
+        return points
+    keep = np.flatnonzero(pareto(points.x, points.mean, rising=s.rising))
+    return Points(points.x[keep], tuple(points.runs[i] for i in keep), tuple(points.labels[i] for i in keep))
+
+
+def _family(name: str, points: Points, own: Table, lost: int, seed: int, s: _Settings, *, law: bool) -> FamilyResult:
     loss = not s.rising and bool(np.all(points.mean > 0))
-    fits = fit_forms(points, loss=loss)
+    fits = fit_forms(points, loss=loss) if law else {}
     chosen = (s.form if s.form in fits else None) if s.form != "auto" else (choose(fits) if fits else None)
     boots = {f: bootstrap(points, fit, loss=loss, n_boot=s.n_boot, seed=seed) for f, fit in fits.items()}
     boot = boots[chosen] if chosen else None
@@ -333,10 +426,31 @@ def _family(name: str, own: Table, lost: int, s: _Settings, seed: int) -> Family
         boots=boots,
         best=best,
         slope=slope_per_decade(Family(name, points, fit, boot)) if fit else None,
-        warnings=tuple(_warnings(points, fits, fit, own, lost, predictions, s)),
+        warnings=tuple(_warnings(points, fits, fit, own, lost, predictions, s, law=law)),
         predictions=predictions,
         table=own,
+        joint=_joint(own, seed, s) if law and loss and s.joint else None,
     )
+
+
+def _joint(own: Table, seed: int, s: _Settings) -> Joint | None:
+    """L(N, D) over configurations, N dense parameters and D targets; None where they do not tell its terms apart."""
+    if not (own.has("dense_params") and own.has("targets")):
+        return None
+    rows = _configuration_rows(own, s.x)
+    columns = [own.numbers(name) for name in ("dense_params", "targets", s.metric)]
+    n, d, y = (np.array([float(np.mean(column[one])) for one in rows]) for column in columns)
+    known = np.isfinite(n) & np.isfinite(d) & (n > 0) & (d > 0)
+    n, d, y = n[known], d[known], y[known]
+    if len(y) < _JOINT_CONFIGS or min(len(np.unique(n)), len(np.unique(d))) < 3:
+        return None
+    if min(n.max() / n.min(), d.max() / d.min()) < _JOINT_SPREAD:
+        return None
+    if abs(np.corrcoef(np.log(n), np.log(d))[0, 1]) > _JOINT_CORRELATION:
+        return None
+    fit = fit_nd(n, d, y)
+    draws = bootstrap_nd(n, d, y, fit, n_boot=min(s.n_boot, _JOINT_DRAWS), seed=seed)
+    return Joint(fit, intervals_nd(draws))
 
 
 def configurations(table: Table, metric: str, x: str) -> Points:
@@ -345,8 +459,19 @@ def configurations(table: Table, metric: str, x: str) -> Points:
     Trials of one recorded design whose x differ by more than `_SAME_X` are told apart by x: the table then does not
     record what distinguishes them, and averaging them would invent a point.
     """
-    columns = [c for c in table.columns if c in _DESIGN or c.startswith("model.")]
+    order = _configuration_rows(table, x)
     xs, ys, labels = table.numbers(x), table.numbers(metric), table.text("label")
+    return Points(
+        x=np.array([float(np.mean(xs[rows])) for rows in order]),
+        runs=tuple(ys[rows] for rows in order),
+        labels=tuple(labels[rows[0]] for rows in order),
+    )
+
+
+def _configuration_rows(table: Table, x: str) -> list[list[int]]:
+    """The rows of each configuration, in order of x."""
+    columns = [c for c in table.columns if c in _DESIGN or c.startswith("model.")]
+    xs = table.numbers(x)
     groups: dict[tuple[str, ...], list[int]] = {}
     for i, row in enumerate(table.rows):
         groups.setdefault(tuple(row.get(c, "") for c in columns), []).append(i)
@@ -354,12 +479,7 @@ def configurations(table: Table, metric: str, x: str) -> Points:
     for rows in groups.values():
         same = xs[rows].max() <= xs[rows].min() * _SAME_X
         split += [rows] if same else [[i for i in rows if xs[i] == value] for value in np.unique(xs[rows])]
-    order = sorted(split, key=lambda rows: float(np.mean(xs[rows])))
-    return Points(
-        x=np.array([float(np.mean(xs[rows])) for rows in order]),
-        runs=tuple(ys[rows] for rows in order),
-        labels=tuple(labels[rows[0]] for rows in order),
-    )
+    return sorted(split, key=lambda rows: float(np.mean(xs[rows])))
 
 
 def _predict(points: Points, fit: CurveFit, boot: Bootstrap | None, at: float) -> Prediction:
@@ -384,9 +504,14 @@ def _warnings(
     lost: int,
     predictions: tuple[Prediction, ...],
     s: _Settings,
+    *,
+    law: bool,
 ) -> list[Warn]:
     found: list[Warn] = []
-    if fit is None:
+    if not law:
+        if all(len(run) < 2 for run in points.runs):
+            found.append(Warn("one_seed", "one seed per configuration: seed noise is not measured"))
+    elif fit is None:
         asked = f"the form {s.form}" if s.form != "auto" else "any law"
         found.append(Warn("no_fit", f"{len(np.unique(points.x))} distinct x are too few for {asked}"))
     else:

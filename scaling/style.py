@@ -25,7 +25,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullForm
 from scaling.table import FloatArray, rows_to_csv
 
 INK, SOFT, GRID, PAPER = "#1f2430", "#5a6270", "#dfe3e9", "#ffffff"
-# Okabe-Ito without yellow, light sky blue last; the classical family takes vermillion, see `family_styles`.
+# Okabe-Ito without yellow, light sky blue late; who takes which is `family_styles`.
 COLOURS = ("#0072B2", "#D55E00", "#007A5E", "#AA4499", "#8A6200", "#56B4E9", "#1f2430")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", (0, (6, 2)), (0, (4, 2, 1, 2)), (0, (1, 1.4)), (0, (8, 2, 2, 2)), (0, (3, 1)), (0, (10, 3)))
@@ -52,6 +52,11 @@ _RC: Any = {  # matplotlib types its settings as one long literal
     "axes.unicode_minus": True,
     "axes.titlelocation": "left",
 }
+# The place in the palette that a family has on every page.
+_PLACES = {"hstu": 0, "dlrm": 1, "dirl": 2, "transformer": 3, "dcn": 4, "din": 5}
+# Other families take what is free on the page in this order, HSTU's blue and DLRM's vermillion last.
+_OTHERS = (2, 3, 4, 6, 5, 0, 1)
+_VARIANT = re.compile(r"([-_ ]?v\d+|_retrieval)$")
 _UP = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
 
 
@@ -112,17 +117,22 @@ def new_axes(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def family_styles(names: Sequence[str], base: str | None = None) -> dict[str, FamilyStyle]:
-    """A style for each family, the base family always in vermillion squares, the first other one in blue."""
-    others = [name for name in names if name != base]
-    slots = [i for i in range(len(COLOURS)) if base not in names or i != 1]
-    styles = {
-        name: FamilyStyle(COLOURS[i], MARKERS[i], LINES[i])
-        for name, i in ((name, slots[k % len(slots)]) for k, name in enumerate(others))
-    }
-    if base is not None and base in names:
-        styles[base] = FamilyStyle(COLOURS[1], MARKERS[1], LINES[1])
-    return styles
+def family_styles(names: Sequence[str]) -> dict[str, FamilyStyle]:
+    """A style for each family: a known one (`_PLACES`) looks the same on every page, whoever else is on it.
+
+    A version or a task after a known name changes nothing ("dcn_v2", "hstu_retrieval"), unless two names would then
+    look alike. The other families take the places that no family of the page has, and start over when there are no
+    more.
+    """
+    places: dict[str, int] = {}
+    for name in names:
+        place = _PLACES.get(name.lower(), _PLACES.get(_VARIANT.sub("", name.lower())))
+        if place is not None and place not in places.values():
+            places[name] = place
+    free = [i for i in _OTHERS if i not in places.values()] or list(_OTHERS)
+    others = [name for name in names if name not in places]
+    places |= {name: free[k % len(free)] for k, name in enumerate(others)}
+    return {name: FamilyStyle(COLOURS[i], MARKERS[i], LINES[i]) for name, i in places.items()}
 
 
 def log_x(axes: Axes, low: float, high: float) -> None:
@@ -159,8 +169,11 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def value_ticks(axes: Axes, values: FloatArray) -> None:
-    """Ticks at the swept values themselves (depths, lengths), thinned to nine."""
+    """Ticks at the swept values themselves (depths, lengths), thinned to nine; none of them where some are crowded."""
     kept = np.unique(values)
+    gaps = np.diff(np.log(kept))
+    if len(gaps) and gaps.min() < gaps.sum() / 14:
+        return
     axes.xaxis.set_major_locator(FixedLocator(list(kept[:: -(-len(kept) // 9)])))
     axes.xaxis.set_minor_locator(FixedLocator([]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
@@ -182,10 +195,9 @@ def number(value: float, digits: int = 5) -> str:
     """A number to read: `digits` significant digits, powers of ten as 1.2345×10⁶, a true minus sign."""
     if not math.isfinite(value):
         return "∞" if value > 0 else "−∞" if value < 0 else "–"
-    if value != 0 and not 1e-3 <= abs(value) < 1e6:
-        exponent = math.floor(math.log10(abs(value)))
-        mantissa = f"{value / 10.0**exponent:.{digits - 1}f}"
-        return f"{mantissa}×10{str(exponent).translate(_UP)}".replace("-", "−")
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    if value != 0 and not -3 <= int(exponent) < min(digits, 6):
+        return f"{mantissa}×10{str(int(exponent)).translate(_UP)}".replace("-", "−")
     # "#" keeps trailing zeros: five significant digits are shown even where the last one is a zero.
     return f"{value:#.{digits}g}".rstrip(".").replace("-", "−")
 

@@ -44,6 +44,7 @@ NUMERIC = frozenset(
         "examples_per_second",
         "eval_impressions",
         "mrr",
+        "ne_error",
     ]
 )
 # What tells two rows of one trial apart: a trial may stand in several studies, families and axes.
@@ -110,10 +111,6 @@ class Table:
     def to_csv(self) -> str:
         """The table as CSV text with a header row and `\\n` line ends."""
         return rows_to_csv(self.columns, self.rows)
-
-    def write_csv(self, path: Path) -> None:
-        """Write the table as CSV."""
-        path.write_text(self.to_csv(), encoding="utf-8", newline="")
 
 
 def rows_to_csv(columns: Sequence[str], rows: Iterable[dict[str, str]] | Iterable[dict[str, object]]) -> str:

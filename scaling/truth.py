@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from scaling.plots import Reference
-from scaling.study import Analysis
+from scaling.study import COMPUTE_AXES, Analysis
 
-# Along these x the data grows without end, so the curve's limit is the floor of the data. Along history, depth or
-# width it is the limit of one design choice at a finite budget, which is no floor.
-_TO_THE_FLOOR = frozenset({"train_flops", "compute", "data", "targets"})
+_DATA_AXES = frozenset({"data", "targets"})
 _FLOOR = "Bayes"
 _UNSOUND = frozenset({"b=0", "b=max", "c=0"})
 
@@ -64,8 +62,14 @@ def held_against_truth(analysis: Analysis | Mapping[str, Any], references: Seque
 def verdicts(analysis: Analysis | Mapping[str, Any], references: Sequence[Reference]) -> list[Verdict]:
     """Every family's constant against every floor (a reference named "Bayes ...") of its metric and dataset.
 
-    Only panels against compute or data take part: elsewhere the constant is not the floor of the data. A family
-    without an interval for its constant is left out.
+    A panel takes part where the constant is the limit of infinite data at one history length:
+
+    - its x is the data share or the number of targets, or compute in a study that climbs in compute (its `axis` column
+      is empty or says so). In a study of depth, width or history a larger x is one larger design choice on the same
+      data, and the limit is no floor.
+    - all its trials see one history length. A floor for that length is then preferred to those for others.
+
+    A family without an interval for its constant is left out.
     """
     data: Mapping[str, Any] = analysis.to_json() if isinstance(analysis, Analysis) else analysis
     floors = [reference for reference in references if reference.name.startswith(_FLOOR)]
@@ -73,11 +77,20 @@ def verdicts(analysis: Analysis | Mapping[str, Any], references: Sequence[Refere
     for i, panel in enumerate(data["panels"]):
         along = panel.get("axis") or panel["x"]
         metric = panel.get("metric") or data["metric"]
-        if along in _TO_THE_FLOOR:
+        if _tends_to_floor(along, panel):
             own = [floor for floor in floors if floor.matches(metric, panel.get("dataset") or "")]
+            histories = {int(float(history)) for history in panel.get("histories") or ()}
+            own = [floor for floor in own if floor.history in histories] or own
             for family in panel["families"]:
                 found += [v for floor in own if (v := _verdict(i, along, metric, family, floor)) is not None]
     return found
+
+
+def _tends_to_floor(along: str, panel: Mapping[str, Any]) -> bool:
+    """The rule of `verdicts`; what the panel does not record does not count against it."""
+    axes = set(panel.get("axes") or ())
+    grows = along in _DATA_AXES or (along in COMPUTE_AXES and (not axes or bool(axes & COMPUTE_AXES)))
+    return grows and len(panel.get("histories") or ()) <= 1
 
 
 def _verdict(panel: int, x: str, metric: str, family: Mapping[str, Any], floor: Reference) -> Verdict | None:

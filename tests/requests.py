@@ -54,12 +54,14 @@ def pack(requests, *, segments, history, padding=0):
         empty(*n, 2, dtype=np.uint8),
         np.zeros((b, *n), np.int32),
         np.zeros((b, *n), bool),
+        np.zeros((b, *n), np.int32),
         {"genres": empty(*n, 3), "brand": empty(*n)},
     )
     slots = Candidates(
         empty(*c),
         empty(*c),
         empty(*c, 2, dtype=np.uint8),
+        np.zeros((b, *c), np.int32),
         np.zeros((b, *c), np.int32),
         {"genres": empty(*c, 3), "brand": empty(*c)},
     )
@@ -70,6 +72,7 @@ def pack(requests, *, segments, history, padding=0):
         used[row] = h.stop
         past.item[row, h], past.time[row, h], past.labels[row, h] = r["item"], r["time"], r["labels"]
         past.segment[row, h], slots.segment[row, v] = s + 1, s + 1
+        past.before[row, h], slots.before[row, v] = np.arange(len(r["item"])), len(r["item"])
         slots.item[row, v], slots.time[row, v] = r["candidates"], r["request_time"]
         slots.labels[row, v] = r["candidate_labels"]
         for name in ("genres", "brand"):

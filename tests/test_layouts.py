@@ -22,7 +22,6 @@ def test_positions_restart_at_each_segment():
     segment = jnp.array([[1, 1, 1, 2, 2, 0, 0], [3, 3, 4, 5, 5, 5, 5]])
     expected = [[0, 1, 2, 0, 1, 0, 1], [0, 1, 0, 0, 1, 2, 3]]
     assert layouts.segment_positions(segment).tolist() == expected
-    assert layouts.segment_lengths(segment, 5).tolist() == [[3, 2, 0, 0, 0], [0, 0, 2, 1, 4]]
     assert layouts.last_events(segment, 5).tolist() == [[2, 4, 0, 0, 0], [0, 0, 1, 2, 6]]
 
 
@@ -60,6 +59,29 @@ def test_smaller_order_means_smaller_index_and_longest_is_reached(layout):
         for s in range(1, 4):
             assert (np.diff(order[segment == s]) >= 0).all()
     assert int(tokens.order.max()) + 1 == layout.longest(6)
+
+
+def requests_of_two():
+    """One row, one segment: events 0 | 1 2 | 3 of three requests, the last of them going on in the candidates."""
+    batch = random_batch(Shape(history=5, candidates=2), [[4]])
+    batch = change(batch, "history", before=np.array([[0, 1, 1, 3, 0]], np.int32))
+    return change(batch, "candidates", before=np.array([[3, 3]], np.int32))
+
+
+def test_events_shown_together_do_not_see_each_other():
+    tokens = INTERLEAVED.tokens(requests_of_two())
+    names = ["u", "i0", "a0", "i1", "a1", "i2", "a2", "i3", "a3", "-", "-", "c3", "c4"]
+    seen = np.asarray(visible(tokens)[0])
+    sees = {q: {k for k, there in zip(names, row) if there} for q, row in zip(names, seen)}
+    first, second = {"u", "i0", "a0"}, {"i1", "a1", "i2", "a2"}
+    assert sees["i1"] == first | {"i1"}
+    assert sees["a1"] == first | {"i1", "a1"}  # i2 has a smaller order, but stands later in the row
+    assert sees["i2"] == first | {"i2"}  # in particular not a1: the label of an item shown beside it
+    assert sees["a2"] == first | {"i1", "i2", "a2"}
+    assert sees["i3"] == first | second | {"i3"}
+    assert sees["c3"] == first | second | {"c3"}  # its request began with event 3
+    assert sees["c4"] == first | second | {"c4"}
+    assert not sees["-"]
 
 
 @pytest.mark.parametrize("layout", [INTERLEAVED, CONTEXT_HISTORY_CANDIDATES, ITEMS])

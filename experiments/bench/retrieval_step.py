@@ -49,9 +49,11 @@ def make_batch(key: jax.Array) -> Batch:
     item = jax.random.randint(items_key, (ROWS, LENGTH + 1), 1, ITEMS + 1)
     seconds = jnp.exp(3 * jax.random.normal(gaps_key, item.shape) + 4).clip(max=1e6).astype(jnp.int32).cumsum(axis=1)
     ones, labels = jnp.ones_like(item), jnp.zeros((*item.shape, 0), jnp.uint8)
+    place = ones.cumsum(axis=1) - 1
     past, last = slice(None, -1), slice(-1, None)
-    history = History(item[:, past], seconds[:, past], labels[:, past], ones[:, past], ones[:, past] > 0, {})
-    candidates = Candidates(item[:, last], seconds[:, last], labels[:, last], ones[:, last], {})
+    seen, real = seconds[:, past], ones[:, past]
+    history = History(item[:, past], seen, labels[:, past], real, real > 0, place[:, past], {})
+    candidates = Candidates(item[:, last], seconds[:, last], labels[:, last], ones[:, last], place[:, last], {})
     return Batch(jnp.arange(ROWS)[:, None], Context({}), history, candidates)
 
 

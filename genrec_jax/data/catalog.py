@@ -42,7 +42,7 @@ def load_any(path: str | Path, cache_dir: str | Path | None = None, *, quiet: bo
     target = cache / f"{raw.name}-{raw.fingerprint()}-v{FORMAT}"
     with _locked(target):
         if not (target / "dataset.json").is_file():
-            import_log(raw.files, raw.mapping, target, name=raw.name, quiet=quiet)
+            import_log(raw.files, raw.mapping, target, name=raw.name, notes=raw.notes, quiet=quiet)
     return target
 
 

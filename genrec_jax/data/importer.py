@@ -34,13 +34,15 @@ def import_log(
     out: str | Path,
     *,
     name: str | None = None,
+    notes: Sequence[str] = (),
     quiet: bool = False,
     chunk_rows: int = CHUNK_ROWS,
 ) -> Sequences:
     """Imports ``files``, in this order, as one log into the dataset folder ``out`` and opens it.
 
     ``out`` appears, or replaces the dataset that is there, only once it is complete. ``name`` (default: the folder's)
-    is the dataset's name in reports. Raises UserError, one sentence naming file and row or column, for a bad log.
+    is the dataset's name in reports, which also repeat its ``notes``. Raises UserError, one sentence naming file and
+    row or column, for a bad log.
     """
     logs = _open_all([Path(file) for file in files], mapping)
     with writing(out) as folder:
@@ -49,7 +51,7 @@ def import_log(
         with _progress(logs, quiet) as advance:
             reader = _Reader(mapping, folder / "spool")
             reader.read(logs, chunk_rows, advance)
-        _write(folder, reader, name or Path(out).name, logs)
+        _write(folder, reader, name or Path(out).name, logs, notes)
         shutil.rmtree(folder / "spool")
     return load(out)
 
@@ -177,7 +179,7 @@ class _Reader:
         return chunk.where(event - start)
 
 
-def _write(folder: Path, reader: _Reader, name: str, logs: list[LogFile]) -> None:
+def _write(folder: Path, reader: _Reader, name: str, logs: list[LogFile], notes: Sequence[str]) -> None:
     """Sorts the spooled events and writes every file of the dataset folder."""
     mapping, spool = reader.mapping, reader.spool
     user, time = spool.read("user"), spool.read("time")
@@ -203,6 +205,7 @@ def _write(folder: Path, reader: _Reader, name: str, logs: list[LogFile]) -> Non
         "mapping": mapping.to_json(),
         "users": len(reader.users),
         "events": reader.events,
+        "notes": list(notes),
     }
     has_requests = mapping.request is not None
     write_manifest(folder, name=name, schema=schema, origin=origin, has_requests=has_requests, source=source)

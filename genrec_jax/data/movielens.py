@@ -9,6 +9,11 @@ from pathlib import Path
 from genrec_jax.data.log import FeatureColumn, LogMapping, SideTable, parse_label
 from genrec_jax.data.raw import RawDataset
 
+_NOTES = (
+    "A third of the ratings (33.5 %) are known only as 1 to 3, so neither like nor love; a 4 or a 5 is always known.",
+    "30 % of the timestamps are interpolated between exact neighbours; the order of a user's events is exact.",
+)
+
 
 def ml_1m(folder: Path) -> RawDataset | None:
     """The 1M release: ``users.dat``, ``movies.dat`` and ``ratings.dat``, or the same ratings as ``ratings.parquet``.
@@ -27,7 +32,7 @@ def ml_1m(folder: Path) -> RawDataset | None:
     if parquet.is_file():
         labels = (parse_label("like=like"), parse_label("love=rating==5"))
         mapping = LogMapping("user_id", "movie_id", "timestamp", labels, order="time_rank", tables=tables)
-        return RawDataset("ml-1m", (parquet,), mapping)
+        return RawDataset("ml-1m", (parquet,), mapping, _NOTES)
     if original.is_file():
         labels = (parse_label("like=3>=4"), parse_label("love=3==5"))
         return RawDataset("ml-1m", (original,), LogMapping("1", "2", "4", labels, tables=tables))

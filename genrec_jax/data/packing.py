@@ -58,6 +58,7 @@ class Assembler:
         self._sequences, self._rows, self._shape = sequences, rows, shape
         # Views of plain arrays: indexing a numpy memmap costs several times as much.
         self._columns = {name: np.asarray(getattr(sequences, name)) for name in ("item", "time", "labels")}
+        self._request = None if sequences.request is None else np.asarray(sequences.request)
         self._features = {f.name: _table(f, sequences.features[f.name]) for f in sequences.schema.features}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -72,11 +73,12 @@ class Assembler:
         present = plan != EMPTY
         rows = self._rows.take(np.where(present, plan, 0))
         user = np.where(present, rows.user, -1).astype(np.int32)
+        history = self._history(rows, present)
         return Batch(
             user=user,
             context=self._context(rows, present),
-            history=self._history(rows, present),
-            candidates=self._candidates(rows, present),
+            history=history,
+            candidates=self._candidates(rows, present, history),
         )
 
     def _context(self, rows: RowTable, present: np.ndarray) -> Context:
@@ -97,8 +99,9 @@ class Assembler:
         segment = np.zeros(real.shape, np.int64)
         for s in range(self._shape.segments - 1):
             segment += slot >= end[:, s : s + 1]
-        shift = rows.history_start - (end - length)  # event index minus slot, per segment
-        event = slot + np.take_along_axis(shift, segment, axis=1)
+        begin = end - length
+        event = slot + np.take_along_axis(rows.history_start - begin, segment, axis=1)
+        place = slot - np.take_along_axis(begin, segment, axis=1)
         item = _gather(self._columns["item"], event, real)
         return History(
             item=item,
@@ -106,10 +109,22 @@ class Assembler:
             labels=_gather(self._columns["labels"], event, real),
             segment=np.where(real, segment + 1, 0).astype(np.int32),
             supervised=real & self._rows.supervised,
+            before=np.where(real, self._shown_before(event, place), 0).astype(np.int32),
             features=self._item_features(item),
         )
 
-    def _candidates(self, rows: RowTable, present: np.ndarray) -> Candidates:
+    def _shown_before(self, event: np.ndarray, place: np.ndarray) -> np.ndarray:
+        """[B, N] place in its segment of the first event of each event's request; ``place`` is the event's own."""
+        if self._request is None:
+            return place
+        request = self._request.take(event, mode="clip")
+        opens = place == 0
+        opens[:, 1:] |= request[:, 1:] != request[:, :-1]
+        slot = np.arange(place.shape[1])
+        first = np.maximum.accumulate(np.where(opens, slot, 0), axis=1)
+        return place - (slot - first)
+
+    def _candidates(self, rows: RowTable, present: np.ndarray, history: History) -> Candidates:
         shape = self._shape
         count = np.where(present, rows.target_stop - rows.target_start, 0)
         slot = np.arange(shape.candidates)
@@ -117,14 +132,28 @@ class Assembler:
         event = (rows.target_start[:, :, None] + slot).reshape(-1, shape.slots)
         request = np.repeat(rows.history_stop, shape.candidates, axis=1)
         segment = np.repeat(np.arange(1, shape.segments + 1), shape.candidates)
+        before = np.repeat(self._history_before(rows, present, history), shape.candidates, axis=1)
         item = _gather(self._columns["item"], event, real)
         return Candidates(
             item=item,
             time=_gather(self._columns["time"], request, real),
             labels=_gather(self._columns["labels"], event, real),
             segment=np.where(real, segment, 0).astype(np.int32),
+            before=np.where(real, before, 0).astype(np.int32),
             features=self._item_features(item),
         )
+
+    def _history_before(self, rows: RowTable, present: np.ndarray, history: History) -> np.ndarray:
+        """[B, S] events of each history before the request of the segment's first candidate."""
+        length = np.where(present, rows.history_length, 0)
+        if self._request is None:
+            return length
+        # The request of the history's last event may go on among the candidates.
+        goes_on = self._request.take(rows.target_start, mode="clip") == self._request.take(
+            rows.history_stop - 1, mode="clip"
+        )
+        last = np.maximum(np.cumsum(length, axis=1) - 1, 0)
+        return np.where(goes_on & (length > 0), np.take_along_axis(history.before, last, axis=1), length)
 
     def _item_features(self, item: np.ndarray) -> dict[str, np.ndarray]:
         return {f.name: self._features[f.name].take(item, axis=0) for f in self._sequences.schema.item_features}

@@ -41,7 +41,7 @@ class TrainStream:
     dataset smaller than one batch works (its rows then repeat within the batch).
 
     rows: packed rows in one pass. targets: supervised targets in one pass. steps_per_epoch: batches in one pass, a
-    fraction. occupancy: share of history slots that hold an event.
+    fraction.
     """
 
     def __init__(self, sequences: Sequences, config: DataConfig, kind: Rows, batch_rows: int, seed: int):
@@ -60,7 +60,6 @@ class TrainStream:
         self.rows = len(plan)
         self.targets = row_tables.supervised_targets(kind, table)
         self.steps_per_epoch = self.rows / batch_rows
-        self.occupancy = int(table.history_length.sum()) / (self.rows * config.history)
         batches = max(1, min(_CHUNK_ROWS, _CHUNK_EVENTS // config.history) // batch_rows)
         self._make = _ChunkAt(Assembler(sequences, table, config.shape), plan, batch_rows, seed, batches)
         self._workers = config.workers
@@ -81,9 +80,9 @@ class TrainStream:
         if self._chunks is None:
             chunk, inside = divmod(self._next, self._make.batches)
             self._chunks = iter(_prefetched(self._make, chunk, self._workers))
-            self._ready.extend(next(self._chunks)[inside:])
+            self._ready.extend(self._make.split(next(self._chunks))[inside:])
         if not self._ready:
-            self._ready.extend(next(self._chunks))
+            self._ready.extend(self._make.split(next(self._chunks)))
         self._next += 1
         return self._ready.popleft()
 
@@ -115,6 +114,7 @@ class _ChunkAt:
     """Chunk number i of a stream: ``batches`` consecutive batches, gathered at once.
 
     One gather over several hundred rows costs little more than one over a few dozen: the calls cost, not the bytes.
+    A chunk travels whole: a worker process hands over every array under a file descriptor of its own.
     """
 
     assemble: Assembler
@@ -123,11 +123,14 @@ class _ChunkAt:
     seed: int
     batches: int
 
-    def __call__(self, index: int) -> list[Batch]:
+    def __call__(self, index: int) -> Batch:
         rows = self.batches * self.batch_rows
         position = int(index) * rows + np.arange(rows)
-        chunk = self.assemble(self.plan[shuffled(position, len(self.plan), self.seed)])
-        starts = range(0, rows, self.batch_rows)
+        return self.assemble(self.plan[shuffled(position, len(self.plan), self.seed)])
+
+    def split(self, chunk: Batch) -> list[Batch]:
+        """The chunk's batches, in order, as views."""
+        starts = range(0, self.batches * self.batch_rows, self.batch_rows)
         return [jax.tree.map(lambda x, at=at: x[at : at + self.batch_rows], chunk) for at in starts]
 
 

@@ -179,12 +179,12 @@ def next_item_rows(
 
 
 def evaluation_rows(rows: RowTable, impressions: int) -> RowTable:
-    """The first rows, requests in a fixed pseudo-random order, with at most ``impressions`` candidates; in file order.
+    """The last rows, requests in a fixed pseudo-random order, with at most ``impressions`` candidates; in file order.
 
     The order is a hash of each request's first event: it knows nothing of seeds, models or history lengths, so every
     architecture is evaluated on the same impressions. One row is always kept.
     """
-    order = np.lexsort((rows.target_start, rows.history_stop, hash64(rows.history_stop, 0xE7A1)))
+    order = np.lexsort((rows.target_start, rows.history_stop, hash64(rows.history_stop, 0xE7A1)))[::-1]
     size = (rows.target_stop - rows.target_start)[order]
     count = max(1, int(np.searchsorted(np.cumsum(size), impressions, side="right")))
     return rows.take(np.sort(order[:count]))

@@ -9,11 +9,10 @@ from flax import nnx
 from genrec_jax.batch import Batch, Shape
 from genrec_jax.errors import UserError
 from genrec_jax.models import registry
-from genrec_jax.models.base import Build, ModelConfig, Ranker
+from genrec_jax.models.base import Build, ModelConfig
+from genrec_jax.models.pointwise import PointwiseRanker
 from genrec_jax.nn.basic import MLP, Linear
 from genrec_jax.nn.cost import Cost, total
-from genrec_jax.nn.features import Fields, request_feature_count, request_features
-from genrec_jax.objectives import bce
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,45 +61,35 @@ class ActivationUnit(nnx.Module):
 
 
 @registry.register(DINConfig)
-class DIN(Ranker):
+class DIN(PointwiseRanker):
     """u = 1/N sum_j a(e_j, v) e_j over the history;  logits = MLP([u, e_1 .. e_F, dense])  (section 4.3, equation 3).
 
     v is the candidate's item and side features, e_j the same of an event plus a linear map of its labels (the paper's
     behaviours are clicks alone; here an event may be a refusal). The weights are not normalised by a softmax, so that
     the strength of an interest survives; N, the constant number of history slots, only lets u start at order one at
     any length (without it the first logits of 256 events are near -10). SiLU stands where the paper has Dice, whose
-    batch statistics would make a score depend on its neighbours; SiLU is Dice without them (alpha = 0). Fields and
-    dense features as in DLRM; no user-id field: the history is the user. One MLP with a logit per task (shared-bottom)
-    serves all tasks.
+    batch statistics would make a score depend on its neighbours; SiLU is Dice without them (alpha = 0). One MLP with a
+    logit per task (shared-bottom) serves all tasks.
     """
 
     def __init__(self, config: DINConfig, build: Build, *, rngs: nnx.Rngs):
-        schema, dtype = build.schema, build.dtype
-        self.schema, self.dtype, self.divisor = schema, dtype, build.shape.history
-        self.fields = Fields(schema, config.embedding, dtype=dtype, rngs=rngs)
-        d = self.fields.item_width
-        self.actions = Linear(len(schema.tasks), d, use_bias=False, dtype=dtype, rngs=rngs)
+        super().__init__(build, config.embedding, rngs=rngs)
+        tasks, dtype, d = len(build.schema.tasks), build.dtype, self.fields.item_width
+        self.divisor = build.shape.history
+        self.actions = Linear(tasks, d, use_bias=False, dtype=dtype, rngs=rngs)
         self.unit = ActivationUnit(d, config.attention, dtype=dtype, rngs=rngs)
         self.deep = MLP(
-            d + self.fields.count * config.embedding + request_feature_count(schema),
-            [config.width] * config.depth + [len(schema.tasks)],
+            d + self.flat,
+            [config.width] * config.depth + [tasks],
             activation=jax.nn.silu,
             dropout=config.dropout,
             dtype=dtype,
             rngs=rngs,
         )
 
-    def __call__(self, batch: Batch) -> jax.Array:
-        return self._logits(batch, None)
-
-    def loss(self, batch: Batch, rngs: nnx.Rngs) -> tuple[jax.Array, jax.Array]:
-        return bce(self._logits(batch, rngs), batch.candidates.labels, batch.candidates.segment > 0)
-
-    def _logits(self, batch: Batch, rngs: nnx.Rngs | None) -> jax.Array:
-        fields = self.fields(batch)
-        dense = request_features(batch, self.schema).astype(self.dtype)
-        x = [self._interest(batch), fields.reshape(*fields.shape[:2], -1), dense]
-        return self.deep(jnp.concatenate(x, axis=-1), rngs=rngs).astype(jnp.float32)
+    def logits(self, batch: Batch, rngs: nnx.Rngs | None) -> jax.Array:
+        x = jnp.concatenate([self._interest(batch), self.flat_inputs(batch)], axis=-1)
+        return self.deep(x, rngs=rngs)
 
     def _interest(self, batch: Batch) -> jax.Array:
         """u [B, C, D]; events of other segments and padding have weight zero."""
@@ -114,5 +103,4 @@ class DIN(Ranker):
         """One row: every slot's candidate meets every event of the row, as the arrays do."""
         n, slots = shape.history, shape.slots
         unit = self.unit.cost(n, slots) + Cost(flops=2.0 * n * slots * self.fields.item_width)
-        fields = self.fields.cost(shape, side_events=n)
-        return total([fields, self.actions.cost(n), unit, self.deep.cost(slots)])
+        return total([self.input_cost(shape, side_events=n), self.actions.cost(n), unit, self.deep.cost(slots)])

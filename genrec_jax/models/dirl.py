@@ -16,7 +16,7 @@ from genrec_jax.models.sequence import Mixer, SequenceConfig, ranking_stack
 from genrec_jax.nn.basic import MLP, LayerNorm, dropout
 from genrec_jax.nn.cost import Cost, total
 from genrec_jax.nn.experts import CGC
-from genrec_jax.nn.features import request_feature_count, request_features
+from genrec_jax.nn.features import request_feature_count, request_features, request_features_cost
 from genrec_jax.nn.tokens import ActionEncoder, ContextEncoder, ItemEncoder
 from genrec_jax.objectives import bce
 
@@ -94,6 +94,7 @@ class CandidateRanker(Ranker):
                 self.context.cost(shape.segments),
                 self.items.cost(shape.history + shape.slots),
                 self.actions.cost(shape.history),
+                request_features_cost(self.schema, shape),
                 self.cross.cost(shape.slots),
                 self.stack.cost(LAYOUT.row_tokens(shape), LAYOUT.pairs(shape)),
                 self.norm.cost(shape.slots),

@@ -9,12 +9,11 @@ from flax import nnx
 from genrec_jax.batch import Batch, Shape
 from genrec_jax.errors import UserError
 from genrec_jax.models import registry
-from genrec_jax.models.base import Build, ModelConfig, Ranker
+from genrec_jax.models.base import Build, ModelConfig
+from genrec_jax.models.pointwise import PointwiseRanker
 from genrec_jax.nn.basic import MLP
 from genrec_jax.nn.cost import Cost, total
-from genrec_jax.nn.features import Fields, request_feature_count, request_features
 from genrec_jax.nn.interaction import dot_interaction, dot_interaction_cost, dot_interaction_count
-from genrec_jax.objectives import bce
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,44 +36,34 @@ class DLRMConfig(ModelConfig):
 
 
 @registry.register(DLRMConfig)
-class DLRM(Ranker):
+class DLRM(PointwiseRanker):
     """b = MLP_bot(dense);  V = [b, e_1 .. e_F];  z = [b, {<v_i, v_j>: j < i}];  logits = MLP_top(z).
 
-    e_f are the context features, the candidate with its side features, and bags of the history (``Fields``); dense are
-    the request's numeric features. There is no user-id field: the history is the user. One top MLP with a logit per
-    task (shared-bottom) serves all tasks.
+    One top MLP with a logit per task (shared-bottom) serves all tasks.
     """
 
     def __init__(self, config: DLRMConfig, build: Build, *, rngs: nnx.Rngs):
-        schema, d, dtype = build.schema, config.embedding, build.dtype
-        self.schema, self.d, self.dtype = schema, d, dtype
-        self.fields = Fields(schema, d, dtype=dtype, rngs=rngs)
-        self.bottom = MLP(
-            request_feature_count(schema), [*config.bottom, d], activate_last=True, dtype=dtype, rngs=rngs
-        )
+        super().__init__(build, config.embedding, rngs=rngs)
+        d, dtype = config.embedding, build.dtype
+        self.d = d
+        self.bottom = MLP(self.dense, [*config.bottom, d], activate_last=True, dtype=dtype, rngs=rngs)
         self.vectors = 1 + self.fields.count
         self.top = MLP(
             d + dot_interaction_count(self.vectors),
-            [config.width] * config.depth + [len(schema.tasks)],
+            [config.width] * config.depth + [len(build.schema.tasks)],
             dropout=config.dropout,
             dtype=dtype,
             rngs=rngs,
         )
 
-    def __call__(self, batch: Batch) -> jax.Array:
-        return self._logits(batch, None)
-
-    def loss(self, batch: Batch, rngs: nnx.Rngs) -> tuple[jax.Array, jax.Array]:
-        return bce(self._logits(batch, rngs), batch.candidates.labels, batch.candidates.segment > 0)
-
-    def _logits(self, batch: Batch, rngs: nnx.Rngs | None) -> jax.Array:
-        b = self.bottom(request_features(batch, self.schema).astype(self.dtype))
+    def logits(self, batch: Batch, rngs: nnx.Rngs | None) -> jax.Array:
+        b = self.bottom(self.dense_inputs(batch))
         v = jnp.concatenate([b[:, :, None], self.fields(batch)], axis=2)
         z = jnp.concatenate([b, dot_interaction(v)], axis=-1)
-        return self.top(z, rngs=rngs).astype(jnp.float32)
+        return self.top(z, rngs=rngs)
 
     def cost(self, shape: Shape) -> Cost:
         """One row: every one of its S * K candidate slots is scored on its own."""
         rows = shape.slots
         dots = dot_interaction_cost(rows, self.vectors, self.d, self.dtype)
-        return total([self.fields.cost(shape), self.bottom.cost(rows), dots, self.top.cost(rows)])
+        return total([self.input_cost(shape), self.bottom.cost(rows), dots, self.top.cost(rows)])

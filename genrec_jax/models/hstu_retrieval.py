@@ -109,12 +109,12 @@ class HSTURetrieval(Retriever):
 
     def cost(self, shape: Shape) -> Cost:
         # The definition's products; multiplying by the whole table instead, where that is faster, is not counted.
-        loss = Cost(flops=2.0 * shape.history * self.width * (1 + self.negatives))
+        products = 2.0 * shape.history * self.width * (1 + self.negatives)
         return total(
             [
                 self.items_table.cost(shape.history * (2 + self.negatives)),
                 Cost(dense_params=self.positions.size),
                 self.stack.cost(ITEMS.row_tokens(shape), ITEMS.pairs(shape)),
-                loss,
+                Cost(flops=products, loss_flops=products),
             ]
         )

@@ -11,12 +11,14 @@ import dataclasses
 class Cost:
     """Cost of one forward pass over one row of a batch.
 
-    flops: forward floating-point operations; dense_params and embedding_params: scalars held; embedding_reads:
-    embedding scalars read for the row (with dense_params these are the row's active parameters); activation_bytes:
-    bytes kept for the backward pass without rematerialisation.
+    flops: forward floating-point operations; loss_flops: those among them that only the training loss takes, so that
+    scoring does not; dense_params and embedding_params: scalars held; embedding_reads: embedding scalars looked up for
+    the row, one looked up twice counted twice; activation_bytes: bytes kept for the backward pass without
+    rematerialisation.
     """
 
     flops: float = 0.0
+    loss_flops: float = 0.0
     dense_params: int = 0
     embedding_params: int = 0
     embedding_reads: int = 0
@@ -25,11 +27,17 @@ class Cost:
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(
             self.flops + other.flops,
+            self.loss_flops + other.loss_flops,
             self.dense_params + other.dense_params,
             self.embedding_params + other.embedding_params,
             self.embedding_reads + other.embedding_reads,
             self.activation_bytes + other.activation_bytes,
         )
+
+    @property
+    def active_params(self) -> int:
+        """Parameters that one row touches: all dense ones, and the embedding scalars read, at most as many as held."""
+        return self.dense_params + min(self.embedding_reads, self.embedding_params)
 
 
 def total(costs: list[Cost]) -> Cost:

@@ -55,6 +55,20 @@ def request_features(batch: Batch, schema: Schema) -> jax.Array:
     return jnp.where((segment > 0)[..., None], jnp.concatenate(parts, axis=-1), 0.0)
 
 
+def request_features_cost(schema: Schema, shape: Shape) -> Cost:
+    """FLOPs of :func:`request_features` for one row: its products over the history, at 2 per multiply-add.
+
+    An event brings 1 + A numbers, itself and its labels. They are summed over the history and over its last events; per
+    item feature, into its place in a one-hot table of V counts, or into each of W ids of the K candidates of its own
+    segment (by the feature's vocabulary). The one-hot table is a true product and is charged whole. Comparisons of
+    ids, minima, running counts, and what is done to finished counts (logarithms, rates) are elementwise: not counted.
+    There are no parameters and nothing is kept for the backward pass; training is charged three times this like
+    everything else, although these numbers need no gradient.
+    """
+    targets = (f.vocab if _counted_by_table(f) else shape.candidates * f.width for f in schema.item_features)
+    return Cost(flops=2.0 * shape.history * (1 + len(schema.tasks)) * (2 + sum(targets)))
+
+
 def segment_members(segment: jax.Array, segments: int) -> jax.Array:
     """segment [B, N] -> [B, N, S] float32, 1 where event n belongs to segment s + 1; padding belongs to none."""
     return jax.nn.one_hot(segment - 1, segments, dtype=jnp.float32)
@@ -97,7 +111,7 @@ def _feature_match(
     if feature.width == 1:
         past, ids = past[..., None], ids[..., None]
     segment = batch.candidates.segment
-    if feature.vocab <= COUNTED_VOCAB:
+    if _counted_by_table(feature):
         counts = _counts_by_table(past, ids, segment, member, events, feature.vocab)
     else:
         counts = _counts_by_comparison(past, ids, segment, batch.history.segment, events)
@@ -109,6 +123,10 @@ def _feature_match(
     count = counts[..., :1]
     share = count / jnp.maximum(total[:, :, None, :1], 1.0)
     return [mean(_log_count(count)), mean(share), mean(_lift(counts, rate[:, :, None]))]
+
+
+def _counted_by_table(feature: Feature) -> bool:
+    return feature.vocab <= COUNTED_VOCAB
 
 
 def _counts_by_table(

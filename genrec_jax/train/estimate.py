@@ -14,7 +14,7 @@ from genrec_jax.data.schema import Schema
 from genrec_jax.data.sequences import load
 from genrec_jax.errors import UserError
 from genrec_jax.models import registry
-from genrec_jax.models.base import Build
+from genrec_jax.models.base import Build, Ranker
 from genrec_jax.models.registry import Model
 from genrec_jax.nn.cost import Cost
 from genrec_jax.train.hardware import matmul_peak
@@ -28,9 +28,11 @@ class Account:
     """A trial's entry on the compute axis; every count is for the whole run unless its name says otherwise.
 
     steps, rows, targets: trained. flops_per_target: training FLOPs (3 x forward) per supervised target.
-    flops_per_candidate: forward FLOPs per scored candidate at K candidates per request. train_flops: 3 x forward FLOPs
-    of every row trained, padding included. active_params: dense parameters plus embedding scalars read per row.
-    memory_bytes: parameters, gradients, two moments and one batch's activations.
+    flops_per_candidate: forward FLOPs per scored candidate, the loss left out, when a ranker scores a request of K
+    candidates, or a retriever every item of the corpus for one user. train_flops: 3 x forward FLOPs of every row
+    trained, its loss and padding included. active_params: dense parameters plus the embedding scalars that a trained
+    row reads, at most as many as the tables hold. memory_bytes: parameters, gradients, two moments and one batch's
+    activations.
     """
 
     steps: int
@@ -91,7 +93,6 @@ def train_steps(trial: Trial, stream: TrainStream) -> int:
 def account(trial: Trial, model: Model, stream: TrainStream) -> Account:
     """Adds up the blocks' own statements of cost."""
     row = model.cost(trial.data.shape)
-    scoring = model.cost(Shape(trial.data.history, trial.data.candidates))
     steps = train_steps(trial, stream)
     rows = steps * trial.train.batch_rows
     targets = round(rows * stream.targets / stream.rows)
@@ -101,14 +102,28 @@ def account(trial: Trial, model: Model, stream: TrainStream) -> Account:
         rows=rows,
         targets=targets,
         flops_per_target=train_flops / max(targets, 1),
-        flops_per_candidate=scoring.flops / trial.data.candidates,
+        flops_per_candidate=flops_per_candidate(trial, model),
         train_flops=train_flops,
         dense_params=row.dense_params,
         embedding_params=row.embedding_params,
-        active_params=row.dense_params + row.embedding_reads,
+        active_params=row.active_params,
         activation_bytes=row.activation_bytes * trial.train.batch_rows,
         memory_bytes=_memory(row, trial.train.batch_rows),
     )
+
+
+def flops_per_candidate(trial: Trial, model: Model) -> float:
+    """Forward FLOPs of scoring one of a ranker's K candidates, or one of a retriever's corpus.
+
+    A retriever embeds the user once and takes a dot product per item. No training loss is in either.
+    """
+    scoring = model.cost(Shape(trial.data.history, trial.data.candidates))
+    forward = scoring.flops - scoring.loss_flops
+    if isinstance(model, Ranker):
+        return forward / trial.data.candidates
+    graph, params = nnx.split(model)
+    rows, width = jax.eval_shape(lambda p: nnx.merge(graph, p).items(), params).shape
+    return forward / (rows - 1) + 2.0 * width  # row 0 is padding, not an item
 
 
 def _memory(row: Cost, batch_rows: int) -> float:

@@ -1,5 +1,6 @@
 """Evaluation of a trained model on the rows every architecture shares."""
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -9,9 +10,36 @@ import numpy as np
 
 from genrec_jax import metrics
 from genrec_jax.batch import Batch
+from genrec_jax.config import Trial
+from genrec_jax.data.pipeline import EvaluationBatches, evaluation_batches
+from genrec_jax.data.sequences import Sequences
+from genrec_jax.data.splits import Part
 from genrec_jax.models.base import Ranker, Retriever
 from genrec_jax.models.registry import Model
 from genrec_jax.train.step import bind
+
+
+class Evaluator:
+    """Evaluates a trial's parameters, as often as asked: compiled once, each part's rows cut once."""
+
+    def __init__(self, trial: Trial, sequences: Sequences, model: Model):
+        self._trial = trial
+        self._sequences = sequences
+        self._model = model
+        self._scorer = make_scorer(model)
+        self._batches = functools.cache(self._cut)
+
+    def _cut(self, part: Part) -> EvaluationBatches:
+        trial = self._trial
+        return evaluation_batches(self._sequences, trial.data, trial.model.goal, part, trial.train.batch_rows)
+
+    def fingerprint(self, part: Part) -> str:
+        """Which impressions the part holds; see :func:`evaluation_fingerprint`."""
+        return self._batches(part).fingerprint
+
+    def __call__(self, params: Any, part: Part) -> dict[str, float]:
+        """As :func:`evaluate`. Raises UserError naming the dataset and the part if it is empty."""
+        return evaluate(self._model, self._scorer, params, self._batches(part), self._sequences.schema.tasks)
 
 
 def make_scorer(model: Model) -> Callable[[Any, Batch], jax.Array]:

@@ -1,5 +1,6 @@
 """Trains one trial in its folder, or resumes it where its last checkpoint left off."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -12,15 +13,15 @@ import jax
 import numpy as np
 
 from genrec_jax.config import Trial
-from genrec_jax.data.pipeline import TrainStream, evaluation_batches, evaluation_fingerprint
-from genrec_jax.data.sequences import Sequences, load
+from genrec_jax.data.pipeline import TrainStream
+from genrec_jax.data.sequences import load
 from genrec_jax.data.splits import Part
 from genrec_jax.models.registry import Model
 from genrec_jax.train.checkpoint import Checkpoints
 from genrec_jax.train.estimate import Account, abstract_model, account, init_params
-from genrec_jax.train.evaluate import evaluate, make_scorer
+from genrec_jax.train.evaluate import Evaluator
 from genrec_jax.train.hardware import matmul_peak
-from genrec_jax.train.optimizer import make_optimizer
+from genrec_jax.train.optimizer import make_optimizer, schedule
 from genrec_jax.train.record import MetricsLog, versions, write_json
 from genrec_jax.train.step import State, init_state, make_step
 from genrec_jax.train.tensorboard import TensorBoard
@@ -33,8 +34,9 @@ Progress = Callable[[dict[str, Any]], None]
 def train(trial: Trial, run_dir: Path, *, on_progress: Progress | None = None) -> dict[str, Any]:
     """Trains to the trial's budget, evaluates, and returns what it wrote to ``result.json``.
 
-    ``on_progress`` receives every line of ``metrics.jsonl`` as it is written. A loss that is not finite, or above three
-    times the first one logged, ends the run with status "diverged". Raises UserError for unusable data.
+    ``on_progress`` receives every line of ``metrics.jsonl`` that has a loss, as it is written. A loss that is not
+    finite, or above three times the first one logged, ends the run with status "diverged". Raises UserError for
+    unusable data.
     """
     started = time.perf_counter()
     sequences = load(trial.data.path)
@@ -43,15 +45,19 @@ def train(trial: Trial, run_dir: Path, *, on_progress: Progress | None = None) -
     stream = TrainStream(sequences, trial.data, trial.model.rows, trial.train.batch_rows, seed=trial.seed)
     counts = account(trial, model, stream)
     write_json(run_dir / "config.json", trial.to_json())
-    board = TensorBoard(run_dir / "tensorboard")
-    board.hparams(_flat(trial.to_json()))
-    run = _Run(trial, run_dir, model, init_params(trial, sequences.schema), stream, counts, board, on_progress)
-    state, status = run.fit()
-    counts = counts.after(run.steps)
-    result: dict[str, Any] = {"status": status, **dataclasses.asdict(counts)}
-    if status == "done":
-        result |= _evaluate(trial, sequences, model, state)
-        board.scalars({k: v for k, v in result.items() if isinstance(v, float)}, counts.steps)
+    params = init_params(trial, sequences.schema)
+    evaluator = Evaluator(trial, sequences, model)
+    with contextlib.closing(TensorBoard(run_dir / "tensorboard")) as board:
+        run = _Run(trial, run_dir, model, params, stream, counts, evaluator, board, on_progress)
+        state, status = run.fit()
+        counts = counts.after(run.steps)
+        result: dict[str, Any] = {"status": status, **dataclasses.asdict(counts)}
+        if status == "done":
+            if trial.train.report_test:
+                result |= evaluator(state.params, "test")
+            board.scalars(_floats(result), counts.steps)
+            evaluated: Part = "test" if trial.train.report_test else "validation"
+            result |= run.validation | {"eval_set": evaluator.fingerprint(evaluated)}
     result |= {
         "train_seconds": run.train_seconds,
         "compile_seconds": run.compile_seconds,
@@ -64,26 +70,15 @@ def train(trial: Trial, run_dir: Path, *, on_progress: Progress | None = None) -
         "device": jax.devices()[0].device_kind,
         **versions(),
     }
-    board.close()
     write_json(run_dir / "result.json", result)
     return result
 
 
-def _evaluate(trial: Trial, sequences: Sequences, model: Model, state: State) -> dict[str, Any]:
-    """Test metrics under their own names, validation metrics under ``validation/``."""
-    scorer = make_scorer(model)
-    out: dict[str, Any] = {}
-    parts: tuple[tuple[Part, str], ...] = (("test", ""), ("validation", "validation/"))
-    for part, prefix in parts:
-        batches = evaluation_batches(sequences, trial.data, trial.model.goal, part, trial.train.batch_rows)
-        found = evaluate(model, scorer, state.params, batches, sequences.schema.tasks)
-        out |= {f"{prefix}{name}": value for name, value in found.items()}
-    out["eval_set"] = evaluation_fingerprint(sequences, trial.data, trial.model.goal, "test")
-    return out
-
-
 class _Run:
-    """The training loop with what it carries between steps."""
+    """The training loop with what it carries between steps.
+
+    validation: the metrics of the latest validation, under ``validation/``.
+    """
 
     def __init__(
         self,
@@ -93,6 +88,7 @@ class _Run:
         params: Any,
         stream: TrainStream,
         counts: Account,
+        evaluator: Evaluator,
         board: TensorBoard,
         on_progress: Progress | None,
     ):
@@ -100,9 +96,11 @@ class _Run:
         self.run_dir = run_dir
         self.stream = stream
         self.counts = counts
+        self.evaluator = evaluator
         self.board = board
         self.on_progress = on_progress
         self.steps = 0
+        self.validation: dict[str, float] = {}
         self.train_seconds = 0.0
         self.compile_seconds = 0.0
         self.earlier_wall_seconds = 0.0
@@ -111,9 +109,10 @@ class _Run:
         optimizer = make_optimizer(trial.train, counts.steps)
         self._state = init_state(params, optimizer, trial.seed)
         self._step: Any = make_step(model, optimizer, trial.train.pieces)
+        self._rate = schedule(trial.train.learning_rate, counts.steps, trial.train.warmup)
 
     def fit(self) -> tuple[State, str]:
-        """Runs to the last step; returns the final state and "done" or "diverged"."""
+        """Runs to the last step, validating on the way; returns the final state and "done" or "diverged"."""
         checkpoints = Checkpoints(self.run_dir / "checkpoints")
         batches = iter(self.stream)
         first = 0
@@ -126,6 +125,13 @@ class _Run:
             self.earlier_wall_seconds = record["wall_seconds"]
             self._first_loss = record["first_loss"]
         log = MetricsLog(self.run_dir / "metrics.jsonl", first)
+        self.board.start(first)
+        self.board.hparams(_flat(self.trial.to_json()))
+        for record in log.kept:
+            # What the board held of this step is dropped with the start: a kill may have come before it was written.
+            if record["step"] == first:
+                self.board.scalars(_floats(record), first)
+                self.validation |= {key: value for key, value in record.items() if key.startswith("validation/")}
         try:
             status = self._steps(first, batches, log, checkpoints)
         finally:
@@ -137,8 +143,10 @@ class _Run:
     def _steps(self, first: int, batches: Any, log: MetricsLog, checkpoints: Checkpoints) -> str:
         step_fn: Any = None
         since = first
-        marked = saved = time.perf_counter()
         train = self.trial.train
+        if self._validation_due(first) and not self.validation:
+            self._validate(log, first)
+        marked = saved = time.perf_counter()
         for step in range(first + 1, self.counts.steps + 1):
             batch = next(batches)
             if step_fn is None:
@@ -151,18 +159,35 @@ class _Run:
                 loss = float(metrics["loss"])
                 now = time.perf_counter()
                 self.train_seconds += now - marked
-                self._log(log, step, loss, float(metrics["grad_norm"]), (step - since) / max(now - marked, 1e-9))
+                pace = (step - since) / max(now - marked, 1e-9)
+                self._log(log, step, pace, loss=loss, grad_norm=float(metrics["grad_norm"]))
                 since, marked = step, time.perf_counter()
                 if self._diverged(loss):
                     return "diverged"
-            due = step % train.checkpoint_every == 0 and time.perf_counter() - saved >= train.checkpoint_seconds
-            if due or last:
+            waited = time.perf_counter() - saved >= train.checkpoint_seconds
+            checkpoint_due = last or (step % train.checkpoint_every == 0 and waited)
+            if checkpoint_due or self._validation_due(step):
                 jax.block_until_ready(self._state)
                 self.train_seconds += time.perf_counter() - marked
-                checkpoints.save(step, self._state, self._record(batches))
+                if checkpoint_due:
+                    self.board.flush()  # a resumed run does not write these steps again
+                    checkpoints.save(step, self._state, self._record(batches))
+                    saved = time.perf_counter()
+                if self._validation_due(step):
+                    self._validate(log, step)
                 since, marked = step, time.perf_counter()
-                saved = marked
         return "done"
+
+    def _validation_due(self, step: int) -> bool:
+        """Validation k of n follows the first step that is at least k / n of all; none precedes the first step."""
+        n, steps = self.trial.train.validations, self.counts.steps
+        return step > 0 and step * n // steps > (step - 1) * n // steps
+
+    def _validate(self, log: MetricsLog, step: int) -> None:
+        found = self.evaluator(self._state.params, "validation")
+        self.validation = {f"validation/{name}": value for name, value in found.items()}
+        log.add({"step": step, "steps": self.counts.steps, **self.validation})
+        self.board.scalars(_floats(self.validation), step)
 
     def _compile(self, batch: Any) -> Any:
         start = time.perf_counter()
@@ -178,11 +203,11 @@ class _Run:
             "first_loss": self._first_loss,
         }
 
-    def _log(self, log: MetricsLog, step: int, loss: float, grad_norm: float, steps_per_second: float) -> None:
+    def _log(self, log: MetricsLog, step: int, steps_per_second: float, **measured: float) -> None:
         share = steps_per_second / self.counts.steps
         scalars = {
-            "loss": loss,
-            "grad_norm": grad_norm,
+            **measured,
+            "learning_rate": float(self._rate(step - 1)),
             "examples_per_second": self.counts.targets * share,
             "achieved_flops": self.counts.train_flops * share,
             "mfu": self.counts.train_flops * share / matmul_peak(self.trial.train.precision),
@@ -199,6 +224,11 @@ class _Run:
         if self._first_loss is None:
             self._first_loss = loss
         return loss > 3.0 * max(self._first_loss, 0.1)
+
+
+def _floats(record: dict[str, Any]) -> dict[str, float]:
+    """What a board draws: counts are for the tables."""
+    return {key: value for key, value in record.items() if isinstance(value, float)}
 
 
 def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,6 +1,10 @@
-"""AdamW with warm-up, a decay that ends at the trial's own last step, and a separate rule for embedding tables."""
+"""AdamW with warm-up, a decay that ends with the trial's own last step, and a separate rule for embedding tables."""
+
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from genrec_jax.config import TrainConfig
@@ -21,9 +25,20 @@ def _name(key: object) -> str:
 
 
 def schedule(peak: float, steps: int, warmup: float) -> optax.Schedule:
-    """Linear warm-up over ``warmup * steps`` steps, then cosine decay to zero at ``steps``."""
+    """The learning rate of a step, given the number of steps before it (0 for the first; an int or a traced scalar).
+
+    With w = max(1, round(``warmup * steps``)), step k <= w moves at ``peak * k / w``; from there a cosine falls to the
+    zero that step ``steps + 1`` would have, so that no step is spent on a rate of zero.
+    """
     warm = max(1, round(warmup * steps))
-    return optax.warmup_cosine_decay_schedule(0.0, peak, warm, max(steps, warm + 1))
+
+    def rate(before: Any) -> Any:
+        xp = jnp if isinstance(before, jax.Array) else np  # a number on the host needs no program on the device
+        step = before + 1.0
+        decayed = xp.minimum((step - warm) / (steps + 1 - warm), 1.0)
+        return xp.where(step <= warm, peak * step / warm, 0.5 * peak * (1.0 + xp.cos(xp.pi * decayed)))
+
+    return rate
 
 
 def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformation:

@@ -12,8 +12,12 @@ _PACKAGES = ("jax", "flax", "optax", "numpy", "grain")
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Writes beside ``path`` and renames: readers see the old file or the new one."""
+    _replace(path, json.dumps(record, indent=1) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    scratch.write_text(text, encoding="utf-8")
     os.replace(scratch, path)
 
 
@@ -22,11 +26,15 @@ def versions() -> dict[str, str]:
 
 
 class MetricsLog:
-    """``metrics.jsonl``, one object per logged step; lines after ``step`` are dropped when a run resumes there."""
+    """``metrics.jsonl``, one object per logged step and one per validation.
+
+    Lines after ``step`` are dropped when a run resumes there; ``kept``: the others, oldest first.
+    """
 
     def __init__(self, path: Path, step: int):
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        records = map(json.loads, _lines(path))
+        self.kept: list[dict[str, Any]] = [record for record in records if record["step"] <= step]
+        _replace(path, "".join(f"{json.dumps(record)}\n" for record in self.kept))
         self._file = path.open("a", encoding="utf-8")
 
     def add(self, record: dict[str, Any]) -> None:

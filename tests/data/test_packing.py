@@ -40,11 +40,13 @@ def test_batch_by_hand(tmp_path):
         "history.labels": [label[1:5], np.zeros((4, 2))],
         "history.segment": [[1, 1, 1, 1], [0, 0, 0, 0]],
         "history.supervised": [[False] * 4, [False] * 4],
+        "history.before": [[0, 1, 2, 3], [0, 0, 0, 0]],
         "history.genres": [genres[2:6], np.zeros((4, 2))],  # item 0's stored features are not let through
         "candidates.item": [[6, 7, 0], [0, 0, 0]],
         "candidates.time": [[20, 20, 0], [0, 0, 0]],  # the request's time, not the event's
         "candidates.labels": [[*label[5:7], [0, 0]], np.zeros((3, 2))],
         "candidates.segment": [[1, 1, 0], [0, 0, 0]],
+        "candidates.before": [[4, 4, 0], [0, 0, 0]],
         "candidates.genres": [[*genres[6:8], [0, 0]], np.zeros((3, 2))],
     }
     assert batch.keys() == expected.keys()
@@ -80,6 +82,8 @@ def test_two_packed_segments_by_hand(tmp_path):
         "candidates.item": [[9, 0, 4, 0, 0, 0]],
         "candidates.time": [[8, 0, 3, 0, 0, 0]],
         "candidates.segment": [[1, 0, 2, 0, 0, 0]],
+        "history.before": [[0, 1, 0, 1, 2, 0]],
+        "candidates.before": [[2, 0, 3, 0, 0, 0]],
     }
     for name, value in expected.items():
         np.testing.assert_array_equal(batch[name], value, err_msg=name)
@@ -100,6 +104,22 @@ def test_supervised_marks_the_history_of_generative_training_rows(tmp_path):
         real = batch.history.segment > 0
         assert real.any()
         np.testing.assert_array_equal(batch.history.supervised, real & supervised)
+
+
+def test_before_is_where_a_request_began(tmp_path):
+    """Two users, requests 0 | 1 1 1 | 2 2 and 5 5 | 6, cut by hand in and between requests, alone and packed."""
+    sequences = dataset(tmp_path / "d", [[0, 1, 1, 1, 2, 2], [0, 0, 1]], [[0, 1, 1, 1, 2, 2], [5, 5, 6]])
+    start, stop = np.array([0, 2, 6, 6]), np.array([4, 5, 7, 6])
+    rows = row_tables.RowTable(
+        np.array([0, 0, 1, 1], np.int32), start, stop, stop, np.array([6, 6, 9, 7]), supervised=True
+    )
+    single = Assembler(sequences, rows, Shape(5, 3))(np.arange(4)[:, None])
+    assert single.history.before.tolist() == [[0, 1, 1, 1, 0], [0, 0, 2, 0, 0], [0] * 5, [0] * 5]
+    # Row 0's candidates begin a request, row 1's and row 2's go on with that of the last history event.
+    assert single.candidates.before.tolist() == [[4, 4, 0], [2, 0, 0], [0, 0, 0], [0, 0, 0]]
+    packed = Assembler(sequences, rows, Shape(8, 3, 3))(np.array([[0, 1, 2]]))
+    assert packed.history.before.tolist() == [[0, 1, 1, 1, 0, 0, 2, 0]]
+    assert packed.candidates.before.tolist() == [[4, 4, 0, 2, 0, 0, 0, 0, 0]]
 
 
 def test_windows_take_the_event_features_of_their_first_event(tmp_path):

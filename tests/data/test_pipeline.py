@@ -71,14 +71,6 @@ def test_users_rows_supervise_one_target_per_history_event(stream_of):
     assert all((b.candidates.segment == [[1, 0, 0]]).all() for b in batches)
 
 
-def test_occupancy_is_the_share_of_real_history_slots(stream_of):
-    for segments in (1, 4):
-        stream = stream_of("windows", batch_rows=1, segments=segments)
-        batches = take(stream, stream.rows)
-        assert stream.occupancy == pytest.approx(np.mean([(b.history.segment > 0).mean() for b in batches]))
-    assert stream.occupancy > stream_of("windows").occupancy
-
-
 def test_order_changes_with_the_pass_and_the_seed_only(stream_of):
     first, second = take(stream_of(), 60), take(stream_of(), 60)
     assert_same(first, second)

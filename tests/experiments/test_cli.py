@@ -58,6 +58,26 @@ def test_import_show_train_fit_report(log: Path, tmp_path: Path, capsys: pytest.
     assert (tmp_path / "page.html").read_text(encoding="utf-8").lower().startswith("<!doctype html>")
 
 
+def test_report_of_a_folder_of_studies(tmp_path: Path) -> None:
+    """Each study opens its own section with its question; two folders of one study are pooled and named."""
+    header = "study,dataset,family,train_flops,ne,status,trial\n"
+    for place, study in (("a", "depth"), ("b", "width"), ("c", "width")):
+        folder = tmp_path / "runs" / place
+        folder.mkdir(parents=True)
+        rows = [
+            f"{study},w,dlrm,{c:g},{0.7 + 2 * c**-0.1:.6f},done,{place}{c:g}" for c in (1e9, 1e10, 1e11, 1e12, 1e13)
+        ]
+        (folder / "results.csv").write_text(header + "\n".join(rows) + "\n", encoding="utf-8")
+        heading = {"title": study, "summary": f"What of {study}?", "metric": "ne"}
+        (folder / "study.json").write_text(json.dumps(heading), encoding="utf-8")
+        (folder / "notes.json").write_text(json.dumps({"w": ["Made up."]}), encoding="utf-8")
+    main(["report", str(tmp_path / "runs"), "--out", str(tmp_path / "page.html")])
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    for said in ("depth · w", "width · w", "<p>What of depth?</p>", "<p>What of width?</p>", "<dd>Made up.</dd>"):
+        assert page.count(said) == 1 or "·" in said, said
+    assert "The trials of these folders on w are pooled: b, c." in page
+
+
 BAD_TRAIN = [
     (["--set", "model.nonsense=1"], "model.nonsense"),
     (["--set", "nonsense"], "nonsense"),
@@ -167,7 +187,7 @@ def test_any_size_of_a_world_can_be_set(tmp_path: Path) -> None:
 def test_every_study_resolves_at_every_budget() -> None:
     """Unknown keys, clashing factors and impossible sizes would be refused here."""
     known = studies()
-    names = {"depth", "width", "data", "history", "gr_vs_dlrm", "ml1m_retrieval", "quickstart"}
+    names = {"depth", "width", "data", "history", "gr_vs_dlrm", "ml1m_retrieval", "quickstart", "tuning"}
     assert set(known) == names
     for study in known.values():
         for budget in study.points:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import io
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from fake_trainer import FakeConfig, plan
@@ -10,6 +12,7 @@ from rich.console import Console
 
 from experiments import progress
 from experiments.dry_run import print_plan, with_cost
+from experiments.folder import trial_folder
 from experiments.progress import Lines, LiveTable, duration
 from experiments.slots import make_slots
 from genrec_jax.config import Trial
@@ -30,7 +33,8 @@ def estimate(trial: Trial) -> Estimate:
 def test_dry_run_prints_every_trial_and_the_totals(capsys: pytest.CaptureFixture[str]) -> None:
     planned = plan(3)
     print_plan([*planned, dataclasses.replace(planned[0], family="again")], estimate, workers=2)
-    lines = capsys.readouterr().out.splitlines()
+    *lines, times = capsys.readouterr().out.splitlines()
+    assert times == "times: fake at an assumed share of this machine's matmul rate"
     assert lines[1].split()[:4] == [planned[0].trial.hash, "even", "width=8", "seed=0"]
     assert lines[1].split()[4:] == ["8.00e+12", "8", "MB", "1", "min", "20", "s"]
     assert len(lines) == 6
@@ -38,6 +42,26 @@ def test_dry_run_prints_every_trial_and_the_totals(capsys: pytest.CaptureFixture
     assert lines[-1].split()[:5] == ["total", "3", "trials,", "2", "at"]
     assert lines[-1].split()[7:] == ["2.70e+13", "19", "MB", "2", "min", "50", "s"]
     assert len({len(line) for line in lines}) == 1
+
+
+def test_dry_run_takes_its_times_from_finished_trials_of_the_study(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    planned = plan(4)
+    for one, status, seconds in zip(planned, ("done", "diverged", "failed", "done"), (2.0, 4.0, 1e9, 1.0)):
+        folder = trial_folder(tmp_path, one.trial.hash)
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps(one.trial.to_json()))
+        result = {"status": status, "train_seconds": seconds, "train_flops": 1e12}
+        (folder / "result.json").write_text(json.dumps(result))
+    print_plan(planned, estimate, workers=1, out=tmp_path)
+    *lines, total, times = capsys.readouterr().out.splitlines()
+    # The median of 0.5, 0.25 and 1 TFLOP/s; the failed trial has no say.
+    assert [line.split()[-2:] for line in lines[1:3]] == [["16.0", "s"], ["18.0", "s"]]
+    assert total.split()[-4:] == ["1", "min", "16", "s"]
+    assert times == "times: fake at the median rate of the study's finished trials"
+    print_plan(planned, estimate, workers=1, out=tmp_path / "nothing yet")
+    assert capsys.readouterr().out.endswith("assumed share of this machine's matmul rate\n")
 
 
 def test_cost_is_the_flops() -> None:

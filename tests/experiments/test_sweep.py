@@ -4,7 +4,7 @@ import pytest
 from fake_trainer import FakeConfig
 
 from experiments.study import Study
-from experiments.sweep import Sweep, ladder, model, models, param, zipped
+from experiments.sweep import Sweep, ladder, model, param, zipped
 from genrec_jax.errors import UserError
 from genrec_jax.models import registry
 
@@ -41,17 +41,23 @@ def test_zip_walks_in_step_and_sum_concatenates() -> None:
 
 def test_ladder_names_its_rungs() -> None:
     rungs = {"S": {"model.width": 8, "model.steps": 2}, "M": {"model.width": 16, "model.steps": 4}}
-    assert [(p.label, p.axis_value) for p in ladder(rungs, axis="model.width")] == [("S", 8), ("M", 16)]
-    assert [p.axis_value for p in ladder(rungs)] == [None, None]
-    with pytest.raises(UserError, match=r"rung 'S' .* 'model.depth'"):
-        ladder(rungs, axis="model.depth")
+    assert [(p.label, p.axis_value, p.values) for p in ladder(rungs)] == [
+        ("S", None, rungs["S"]),
+        ("M", None, rungs["M"]),
+    ]
+
+
+def test_an_axis_has_numbers() -> None:
+    with pytest.raises(UserError, match=r"the axis 'model.behaviour' must have numbers as values, not 'raise'"):
+        param("model.behaviour", ["raise"], axis=True)
+    assert [p.axis_value for p in param("model.behaviour", ["raise"])] == [None]
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: param("seed", [0]) * param("seed", [1]), "sets 'seed' twice"),
-        (lambda: model("fake") * models("fake", "hstu"), "two models"),
+        (lambda: model("fake") * (model("fake") + model("hstu")), "two models"),
         (lambda: param("seed", [0], axis=True) * param("model.width", [8], axis=True), "two axes"),
     ],
 )

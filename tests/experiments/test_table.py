@@ -57,11 +57,11 @@ def test_unfinished_trials_have_a_row_and_the_dataset_name_of_their_siblings(tmp
 def test_a_later_study_keeps_the_places_of_an_earlier_one(tmp_path: Path) -> None:
     (one,) = plan(1)
     launch([one], tmp_path)
-    launch([dataclasses.replace(one, study="other", axis="", axis_value="left")], tmp_path)
+    launch([dataclasses.replace(one, study="other", axis="", axis_value=-1.5)], tmp_path)
     launch([dataclasses.replace(one, label="renamed")], tmp_path)
     rows = rebuild_table(tmp_path)
     assert [(row["study"], row["label"], row["axis_value"]) for row in rows] == [
-        ("other", "width=8", "left"),
+        ("other", "width=8", -1.5),
         ("study", "renamed", 8),
     ]
 
@@ -71,7 +71,7 @@ def test_foreign_folders_are_left_alone(tmp_path: Path) -> None:
     assert rebuild_table(tmp_path) == []
 
 
-@pytest.mark.parametrize("axis_value", [0.25, "half"])
+@pytest.mark.parametrize("axis_value", [0.25, 3])
 def test_axis_value_of_the_plan_wins(tmp_path: Path, axis_value: float | str) -> None:
     (one,) = plan(1)
     launch([dataclasses.replace(one, axis_value=axis_value)], tmp_path)

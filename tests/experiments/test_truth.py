@@ -1,13 +1,14 @@
 """The floors of a synthetic world reach the report, on the impressions that models are evaluated on."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from experiments.study import PlannedTrial
-from experiments.truth import read_references, write_references
+from experiments.truth import read_notes, read_references, write_notes, write_references
 from genrec_jax.config import default_trial, override
 from genrec_jax.data.pipeline import evaluation_batches, evaluation_events
 from genrec_jax.data.sequences import load
@@ -44,12 +45,29 @@ def test_every_history_length_has_its_floor(planned: list[PlannedTrial], tmp_pat
         per_task = [references[name, f"ne/{task}"] for task in ("click", "like", "share")]
         assert references[name, "ne"] == pytest.approx(np.mean(per_task))
     assert references["oracle NE", "ne"] < references["Bayes NE, 4 events", "ne"]
+    histories = {r.name: r.history for r in read_references([tmp_path])}
+    assert (histories["Bayes NE, 4 events"], histories["Bayes NE, all events"]) == (4, None)
 
 
 def test_nothing_is_written_without_a_known_truth(planned: list[PlannedTrial], tmp_path: Path) -> None:
     elsewhere = override(planned[0].trial, {"data.path": str(tmp_path)})
     write_references([dataclasses.replace(planned[0], trial=elsewhere)], tmp_path)
     assert read_references([tmp_path]) == []
+
+
+def test_notes_travel_from_the_dataset_to_the_study(tmp_path: Path) -> None:
+    data, out, other = (tmp_path / name for name in ("data", "out", "other"))
+    for folder in (data, out, other):
+        folder.mkdir()
+    record: dict[str, object] = {"name": "mine", "source": {"files": ["a.csv"]}}
+    (data / "dataset.json").write_text(json.dumps(record), encoding="utf-8")
+    write_notes(data, out)
+    assert list(out.iterdir()) == []
+    record["source"] = {"notes": ["One.", "Two."]}
+    (data / "dataset.json").write_text(json.dumps(record), encoding="utf-8")
+    write_notes(data, out)
+    write_notes(data, other)
+    assert read_notes([out, other, tmp_path]) == {"mine": ["One.", "Two."]}
 
 
 @pytest.mark.parametrize(("value", "said"), [(0.75, "inside"), (0.95, "above"), (0.5, "below")])

@@ -80,9 +80,7 @@ def oracle(operation, q, k, v, tokens, position, seconds):
         for i in range(q.shape[1]):
             if not segment[b, i]:
                 continue
-            seen = [
-                j for j in range(q.shape[1]) if segment[b, j] == segment[b, i] and (j == i or order[b, j] < order[b, i])
-            ]
+            seen = [j for j in range(i) if segment[b, j] == segment[b, i] and order[b, j] < order[b, i]] + [i]
             for h in range(q.shape[2]):
                 weights = []
                 for j in seen:
@@ -125,6 +123,12 @@ def assert_close(got, want, tolerance):
     assert np.abs(got - want).max() <= tolerance * np.abs(want).max()
 
 
+def requests_of_two(tokens):
+    """The tokens with orders as two interleaved events shown together have them: a later item has a smaller order."""
+    order = 4 * (tokens.order // 4) + tokens.order % 2
+    return tokens._replace(order=order)
+
+
 # Several segments in a row, candidates, a short row and one of padding alone; 23 is no multiple of the blocks.
 MIXED = [[(9, 3), (7, 4)], [(5, 0), (1, 0), (0, 2)], [], [(20, 0)]]
 # Long enough for several blocks of query rows, with a last block that is not full.
@@ -133,8 +137,9 @@ LONG = [[(100, 31)], [(60, 0), (71, 0)], [(3, 0)], []]
 
 @BACKEND
 @OPERATION
-def test_matches_loops(operation, backend):
-    tokens = make_tokens(MIXED)
+@pytest.mark.parametrize("together", [False, True])
+def test_matches_loops(operation, backend, together):
+    tokens = requests_of_two(make_tokens(MIXED)) if together else make_tokens(MIXED)
     q, k, v, _, position, seconds = make_inputs(tokens)
     got = attend(operation, q, k, v, tokens, position, seconds, backend)
     assert_close(got, oracle(operation, q, k, v, tokens, position, seconds), 3e-6)
@@ -167,9 +172,12 @@ def test_gradients_match_finite_differences(operation, backend):
 
 @OPERATION
 @pytest.mark.parametrize(("position", "seconds"), [(True, True), (True, False), (False, True), (False, False)])
-@pytest.mark.parametrize("layout", [MIXED, LONG], ids=["mixed", "long"])
-def test_xla_matches_reference(operation, position, seconds, layout):
-    tokens = make_tokens(layout)
+@pytest.mark.parametrize(
+    "tokens",
+    [make_tokens(MIXED), make_tokens(LONG), requests_of_two(make_tokens(LONG))],
+    ids=["mixed", "long", "together"],
+)
+def test_xla_matches_reference(operation, position, seconds, tokens):
     inputs = make_inputs(tokens, positions=40)
     got = forward_and_gradients(operation, inputs, tokens, "xla", position, seconds)
     want = forward_and_gradients(operation, inputs, tokens, "reference", position, seconds)

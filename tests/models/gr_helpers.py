@@ -68,6 +68,8 @@ def random_batch(shape: Shape, lengths: list[list[int]], seed: int = 0, schema: 
         }
 
     history_segment = np.zeros((rows, n), np.int32)
+    history_before = np.zeros((rows, n), np.int32)
+    candidate_before = np.zeros((rows, c), np.int32)
     history_time = draw.integers(0, 10**6, (rows, n), dtype=np.int32)
     candidate_segment = np.zeros((rows, c), np.int32)
     candidate_time = draw.integers(0, 10**6, (rows, c), dtype=np.int32)
@@ -75,9 +77,11 @@ def random_batch(shape: Shape, lengths: list[list[int]], seed: int = 0, schema: 
         at = 0
         for s, length in enumerate(row):
             history_segment[r, at : at + length] = s + 1
+            history_before[r, at : at + length] = np.arange(length)
             history_time[r, at : at + length] = np.cumsum(draw.integers(1, 5000, length))
             slots = slice(s * shape.candidates, (s + 1) * shape.candidates)
             candidate_segment[r, slots] = s + 1
+            candidate_before[r, slots] = length
             candidate_time[r, slots] = (history_time[r, at + length - 1] if length else 0) + draw.integers(1, 5000)
             at += length
     history = History(
@@ -86,6 +90,7 @@ def random_batch(shape: Shape, lengths: list[list[int]], seed: int = 0, schema: 
         labels=draw.integers(0, 2, (rows, n, tasks), dtype=np.uint8),
         segment=history_segment,
         supervised=history_segment > 0,
+        before=history_before,
         features=features(True, rows, n),
     )
     candidates = Candidates(
@@ -93,6 +98,7 @@ def random_batch(shape: Shape, lengths: list[list[int]], seed: int = 0, schema: 
         time=candidate_time,
         labels=draw.integers(0, 2, (rows, c, tasks), dtype=np.uint8),
         segment=candidate_segment,
+        before=candidate_before,
         features=features(True, rows, c),
     )
     user = np.full((rows, shape.segments), -1, np.int32)
@@ -124,6 +130,7 @@ def pack(batch: Batch, shape: Shape) -> Batch:
         past(h.labels),
         past(segment),
         past(h.supervised),
+        past(h.before),
         {k: past(v) for k, v in h.features.items()},
     )
 
@@ -135,6 +142,7 @@ def pack(batch: Batch, shape: Shape) -> Batch:
         joined(c.time),
         joined(c.labels),
         joined(np.where(c.segment > 0, 1 + np.arange(len(c.item), dtype=np.int32)[:, None], 0)),
+        joined(c.before),
         {k: joined(v) for k, v in c.features.items()},
     )
     context = Context({k: joined(v) for k, v in batch.context.features.items()})

@@ -233,12 +233,14 @@ def test_cost_counts_every_parameter(case):
     assert cost.embedding_params == 6 * (30 + 5 + 12 + 40)
 
 
-FIELDS, DENSE, BAGS = 7, 8 + 2 * 2 + 4 * 2, 2 * 12 * 3 * 6  # bags: 12 events, 3 bags of 6-vectors
+FIELDS, DENSE = 7, 8 + 2 * 2 + 4 * 2
+# 12 events: 3 bags of 6-vectors; an event's 1 + 2 numbers into 2 sums and into counts of 12 genres and of 40 brands.
+INPUTS = 2 * 12 * 3 * 6 + 2 * 12 * 3 * (2 + 12 + 40)
 BY_HAND = {
-    "dlrm": BAGS + 3 * 2 * (DENSE * 8 + 8 * 6 + 28 * 6 + (6 + 28) * 10 + 10 * 10 + 10 * 2),
-    "dcn": BAGS + 3 * 2 * (2 * 62**2 + 62 * 10 + 10 * 10 + 10 * 2),
-    "dcn-low-rank": BAGS + 3 * 2 * (2 * 2 * 62 * 4 + 62 * 10 + 10 * 10 + 10 * 2),
-    "din": BAGS
+    "dlrm": INPUTS + 3 * 2 * (DENSE * 8 + 8 * 6 + 28 * 6 + (6 + 28) * 10 + 10 * 10 + 10 * 2),
+    "dcn": INPUTS + 3 * 2 * (2 * 62**2 + 62 * 10 + 10 * 10 + 10 * 2),
+    "dcn-low-rank": INPUTS + 3 * 2 * (2 * 2 * 62 * 4 + 62 * 10 + 10 * 10 + 10 * 2),
+    "din": INPUTS
     + 2 * 12 * (2 * 18 + 18 * 7)  # labels -> e_j; e_j's part of the unit's first layer
     + 2 * 3 * 18 * 7  # v's part
     + 2 * 36 * (18 * 7 + 7 * 5 + 5 + 18)  # products, rest of the unit and weighted sum per pair

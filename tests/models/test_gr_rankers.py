@@ -58,7 +58,7 @@ def batch():
 
 def candidate_fields(c, index):
     """The candidates at slots ``index`` of every row."""
-    fields = {f: getattr(c, f)[:, index] for f in ("item", "time", "labels", "segment")}
+    fields = {f: getattr(c, f)[:, index] for f in ("item", "time", "labels", "segment", "before")}
     return {**fields, "features": {k: v[:, index] for k, v in c.features.items()}}
 
 
@@ -123,6 +123,24 @@ def test_an_event_is_predicted_before_its_own_action(name):
     np.testing.assert_array_equal(after[:, :4], before[:, :4])
     changed = np.abs(after - before).max(-1) > 1e-6
     assert changed[0, 4:].all()  # a full row: every later event saw it
+
+
+@generative
+def test_labels_of_events_shown_together_do_not_reach_each_other(name):
+    """Events 2 to 5 of the full row are one request, which goes on in its candidates."""
+    together = batch().history.before.copy()
+    together[0, 2:6] = 2
+    shown = change(batch(), "history", before=together)
+    labels = shown.history.labels.copy()
+    labels[0, 2:5] = 1 - labels[0, 2:5]
+    changed = change(shown, "history", labels=labels)
+    before, after = event_scores(name, shown), event_scores(name, changed)
+    np.testing.assert_array_equal(after[0, :6], before[0, :6])
+    assert (np.abs(after[0, 6:] - before[0, 6:]).max(-1) > 1e-6).all()
+    cut = np.array([[2], [4], [0], [3]], np.int32) + np.zeros((1, 3), np.int32)
+    apart = [scores(name, change(b, "candidates", before=cut)) for b in (shown, changed)]
+    np.testing.assert_array_equal(apart[1], apart[0])
+    assert (np.abs(scores(name, changed) - scores(name, shown))[0].max(-1) > 1e-6).all()
 
 
 @generative

@@ -31,8 +31,8 @@ def reference_batch(record):
     segment = (np.arange(n) < lengths[:, None]).astype(np.int32)
     end = (np.arange(rows), lengths)
     labels, one = np.zeros((rows, n, 1), np.uint8), np.ones((rows, 1), np.int32)
-    history = History(ids * segment, times * segment, labels, segment, segment > 0, {})
-    candidates = Candidates(ids[end][:, None], times[end][:, None], labels[:, :1], one, {})
+    history = History(ids * segment, times * segment, labels, segment, segment > 0, np.zeros_like(ids), {})
+    candidates = Candidates(ids[end][:, None], times[end][:, None], labels[:, :1], one, one * 0, {})
     return Batch(np.arange(rows, dtype=np.int32)[:, None], Context({}), history, candidates)
 
 

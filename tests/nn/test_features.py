@@ -12,7 +12,9 @@ from flax import nnx
 from genrec_jax.batch import Shape
 from genrec_jax.data.schema import Feature, Schema
 from genrec_jax.nn import features
-from genrec_jax.nn.features import Fields, request_feature_count, request_features
+from genrec_jax.nn.cost import Cost
+from genrec_jax.nn.features import Fields, request_feature_count, request_features, request_features_cost
+from tests.models.gr_helpers import random_batch
 from tests.requests import DAY, pack, random_requests
 
 GENRES = Feature("genres", 12, 3, "item")
@@ -112,6 +114,26 @@ def test_a_dataset_without_features():
         candidates=dataclasses.replace(batch.candidates, features={}),
     )
     assert jax.eval_shape(lambda b: request_features(b, schema), batch).shape == (2, 3, request_feature_count(schema))
+
+
+def test_request_features_cost_by_hand(monkeypatch):
+    """10 events of 1 + 2 numbers: two sums, counts of 12 genres and 40 brands, or of 3 x 3 and 3 ids to compare."""
+    for shape in (Shape(history=10, candidates=3), Shape(history=10, candidates=3, segments=2)):
+        assert request_features_cost(SCHEMA, shape) == Cost(flops=2 * 10 * 3 * (2 + 12 + 40))
+    monkeypatch.setattr(features, "COUNTED_VOCAB", 12)
+    assert request_features_cost(SCHEMA, Shape(10, 3)).flops == 2 * 10 * 3 * (2 + 12 + 3)
+    monkeypatch.setattr(features, "COUNTED_VOCAB", 0)
+    assert request_features_cost(SCHEMA, Shape(10, 3)).flops == 2 * 10 * 3 * (2 + 9 + 3)
+
+
+@pytest.mark.usefixtures("counting")
+def test_request_features_cost_agrees_with_xla():
+    """With many tasks, so that products outweigh the comparisons that find what to count."""
+    tasks, shape = 256, Shape(history=1024, candidates=64)
+    schema = Schema(items=30, tasks=tuple(map(str, range(tasks))), features=(Feature("kind", 128, 1, "item"),))
+    batch = random_batch(shape, [[1024]], schema=schema)
+    compiled = jax.jit(lambda b: request_features(b, schema)).lower(batch).compile()
+    assert compiled.cost_analysis()["flops"] == pytest.approx(request_features_cost(schema, shape).flops, rel=0.05)
 
 
 @pytest.mark.parametrize("segments", [1, 3])

@@ -225,12 +225,16 @@ def test_refusals_are_one_sentence(results: Path, tmp_path: Path) -> None:
 
 
 def test_two_points_draw_without_a_law(results: Path, tmp_path: Path) -> None:
-    """A table too small for any law still gets its page, and says why there is no curve."""
+    """A table too small for any law still gets its page, and says why there is no curve; a form asked for is tried."""
     table = read_table(results)
     few = table.where(np.arange(len(table)) == 0)
     analysis = write_report(few, tmp_path / "small.html", title="small", n_boot=50)
     assert analysis.panels[0].families[0].chosen is None
-    assert "no_fit" in (tmp_path / "small.html").read_text(encoding="utf-8")
+    page = (tmp_path / "small.html").read_text(encoding="utf-8")
+    assert "A plain comparison: no family has 4 distinct x" in page
+    assert page.count("No law was fitted.") == 5
+    write_report(few, tmp_path / "asked.html", title="asked", form="power", n_boot=50)
+    assert "no_fit" in (tmp_path / "asked.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -286,13 +290,89 @@ def test_reading_numbers() -> None:
     assert number(0.5) == "0.50000"
     assert number(-2143417.4) == "−2.1434×10⁶"
     assert number(float("inf")) == "∞"
+    assert (number(289310.0), number(99.7, 2), number(0.0)) == ("2.8931×10⁵", "1.0×10²", "0.0000")
     assert (tick(1e18), tick(2e-7), tick(64)) == ("10¹⁸", "2×10⁻⁷", "64")
     assert equation("power_const", {"c": 0.6, "a": -3.0, "b": 0.2}, "AUC", "C") == "AUC = 0.60000 − 3.0000·C^−0.20000"
 
 
-def test_the_base_is_vermillion_and_every_family_has_a_second_cue() -> None:
-    styles = family_styles(["hstu", "dirl", "dlrm"], "dlrm")
+def test_a_family_looks_the_same_on_every_page_and_has_a_second_cue() -> None:
+    styles = family_styles(["mine", "dirl", "dlrm", "hstu", "theirs"])
     assert styles["dlrm"].colour == "#D55E00"
     assert styles["hstu"].colour == "#0072B2"
-    assert len({style.marker for style in styles.values()}) == 3
-    assert len({str(style.line) for style in styles.values()}) == 3
+    for cue in ("colour", "marker", "line"):
+        assert len({str(getattr(style, cue)) for style in styles.values()}) == 5
+    alone = family_styles(["HSTU"]) | family_styles(["dlrm", "dirl"]) | family_styles(["x", "dcn_v2"])
+    assert (alone["HSTU"], alone["dlrm"], alone["dirl"]) == (styles["hstu"], styles["dlrm"], styles["dirl"])
+    assert alone["dcn_v2"] == family_styles(["dcn"])["dcn"]
+    assert alone["x"] not in (alone["dcn_v2"], styles["hstu"], styles["dlrm"])
+    twice = family_styles(["dcn", "dcn_v2"])
+    assert twice["dcn"].colour != twice["dcn_v2"].colour
+    assert len(family_styles([str(i) for i in range(20)])) == 20
+
+
+def test_notes_and_questions_reach_the_page(results: Path, tmp_path: Path) -> None:
+    notes = {"world": ["Made up <b>.", "On purpose."], "elsewhere": ["Not shown."]}
+    write_report(read_table(results), tmp_path / "r.html", title="t", n_boot=20, notes=notes, intros={"gr": "Which?"})
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    about = page[page.index("About the data") : page.index("</dl>")]
+    assert "<dt>world</dt><dd>Made up &lt;b&gt;.</dd><dd>On purpose.</dd>" in about
+    assert "Not shown" not in page
+    assert page.count("<p>Which?</p>") == 1
+    assert "About the data" not in write_page(results, tmp_path)
+
+
+def write_page(results: Path, tmp_path: Path) -> str:
+    write_report(read_table(results), tmp_path / "plain.html", title="t", n_boot=20)
+    return (tmp_path / "plain.html").read_text(encoding="utf-8")
+
+
+def tuning_table() -> Table:
+    rows = []
+    for name, shift in (("hstu", 0.0), ("dlrm", 0.01)):
+        for i, rate in enumerate((3e-4, 1e-3, 3e-3, 1e-2, 3e-2)):
+            row = {"study": "rates", "dataset": "world", "family": name, "train_flops": "1e12", "axis": "learning_rate"}
+            row |= {"axis_value": repr(rate), "learning_rate": repr(rate), "label": f"r{i}", "history": "64"}
+            value = 0.8 + shift + 0.01 * (i - 2) ** 2
+            rows.append({**row, "validation/ne": repr(value), "validation/auc": repr(1.4 - value), "ne": "0.8"})
+    return Table(list(rows[0]), rows, ["t.csv, line 2"] * len(rows))
+
+
+def test_a_tuned_setting_is_compared_plainly_and_on_its_own_split(tmp_path: Path) -> None:
+    analysis = write_report(tuning_table(), tmp_path / "r.html", title="t", metric="validation/ne", n_boot=20)
+    (panel,) = analysis.panels
+    assert (panel.axis, panel.comparisons) == ("learning_rate", ())
+    assert [f.chosen for f in panel.families] == [None, None]
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "the learning rate is tuned, not scaled" in page
+    assert "best validation NE" in page
+    assert "validation AUC against learning rate" in page
+    assert "NE against training compute" not in page  # no test metric beside a choice made on validation rows
+    assert "Held-out error of each form" not in page
+    json.dumps(analysis.to_json(), allow_nan=False)
+
+
+def test_only_points_that_differ_in_the_rate_are_joined() -> None:
+    table = tuning_table()
+    rows = [
+        {**row, "model.dropout": d, "embedding_learning_rate": row["axis_value"] + "1"}
+        for row in table.rows
+        for d in "01"
+    ]
+    (panel,) = analyse(Table(list(rows[0]), rows, ["t.csv, line 2"] * 20), "validation/ne", n_boot=20).panels
+    assert [sorted(map(len, family.lines)) for family in panel.families] == [[5, 5], [5, 5]]
+
+
+def test_a_floor_of_one_history_is_drawn_only_where_it_is_the_floor() -> None:
+    rows = []
+    for i, history in enumerate((8, 16, 32, 64, 128)):
+        row = {"study": "s", "dataset": "w", "family": "hstu", "axis": "history", "axis_value": str(history)}
+        rows.append(row | {"history": str(history), "train_flops": f"1e{12 + i}", "ne": repr(0.9 - 0.01 * i)})
+    table = Table(list(rows[0]), rows, ["t.csv, line 2"] * 5)
+    floors = [Reference(f"Bayes NE, {n} events", 0.8 - n / 1e3, 0, 0, "ne", "w", n) for n in (8, 16, 512)]
+    floors.append(Reference("Bayes NE, all events", 0.6, 0.6, 0.6, "ne", "w"))
+    compute, along = analyse(table, "ne", n_boot=20).panels
+    assert [r.applies(compute) for r in floors] == [False, False, False, True]
+    assert [r.applies(along) for r in floors] == [True, True, False, True]
+    drawn = [row["x"] for row in law_figure(along, references=floors).rows if row["kind"] == "reference"]
+    assert drawn == [None, 8.0, 16.0]
+    assert "Bayes NE at each history" in law_figure(along, references=floors).svg

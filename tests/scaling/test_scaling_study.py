@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,10 +10,11 @@ import numpy as np
 import pytest
 
 from scaling import Table, TableError, analyse, read_table, write_report
+from scaling.bootstrap import bootstrap
 from scaling.checklist import checklist
 from scaling.fit import Points, choose, fit_forms, shared_held_out
 from scaling.frontier import Family, compare
-from scaling.report import _is_numeric, _trial_cell, times_less
+from scaling.report import _crossing_limits, _is_numeric, _trial_cell, times_less
 from scaling.study import Analysis
 
 COMPUTE = np.geomspace(1e10, 1e14, 6)
@@ -128,6 +130,63 @@ def test_several_crossings_are_counted_and_the_first_is_given() -> None:
     assert result.crossing < 1e11
 
 
+def noisy(name: str, y: np.ndarray, form: str, seed: int) -> Family:
+    x = np.geomspace(2e10, 8e12, len(y))
+    points = Points(x, tuple(np.array([v]) for v in y))
+    fit = fit_forms(points, loss=True)[form]
+    return Family(name, points, fit, bootstrap(points, fit, loss=True, n_boot=200, seed=seed))
+
+
+@pytest.mark.parametrize("noise", [1e-9, 1e-3, 4e-3])
+def test_the_interval_of_a_crossing_holds_it(noise: float) -> None:
+    rng = np.random.default_rng(1)
+    u = np.geomspace(1, 400, 7)
+    for seed in range(8):
+        base = noisy("a", 0.795 - 0.001 * np.log10(u) + rng.normal(0, noise, 7), "loglin", seed)
+        new = noisy("b", 0.785 + 0.035 * u**-0.6 + rng.normal(0, noise, 7), "power_const", seed + 100)
+        result = compare(base, new)
+        if result.crossing is None:
+            continue
+        assert result.crossing_interval is not None
+        low, high = result.crossing_interval
+        assert low <= result.crossing <= high
+        if noise == 1e-9:
+            assert high / low < 1.001
+        if result.crossing_share is not None and result.crossing_share < 0.9:
+            assert low == 0 or high == np.inf  # draws that never cross leave an end open
+
+
+def test_a_crossing_limit_outside_the_range_is_said_in_words() -> None:
+    assert _crossing_limits(None) == ""
+    assert _crossing_limits((1.0, 2.0)) == " [1.00, 2.00]"
+    assert _crossing_limits((0.0, 2.0)) == " (95 %: up to 2.00, no lower limit inside the range both cover)"
+    assert _crossing_limits((1.0, np.inf)) == " (95 %: from 1.00, no upper limit inside the range both cover)"
+    assert "no limit inside" in _crossing_limits((0.0, np.inf))
+
+
+def grid_rows(**fixed: object) -> list[dict[str, object]]:
+    """Every size at every number of targets, one law in both, flops 6ND."""
+    rows: list[dict[str, object]] = []
+    for n in (1e4, 4e4, 1.6e5):
+        for d in (5e4, 2e5, 8e5):
+            row = {"family": "hstu", "label": f"{n:g} {d:g}", "dense_params": n, "targets": d, "train_flops": 6 * n * d}
+            rows.append({**row, "ne": 0.75 + 0.9 * n**-0.3 + 20 * d**-0.45, **fixed})
+    return rows
+
+
+def test_the_joint_law_is_fitted_where_both_sizes_vary(tmp_path: Path) -> None:
+    analysis = write_report(table(*grid_rows()), tmp_path / "r.html", title="t", n_boot=20)
+    joint = analysis.panels[0].families[0].joint
+    assert joint is not None
+    assert joint.fit.params["E"] == pytest.approx(0.75, abs=1e-3)
+    assert joint.fit.params["beta"] == pytest.approx(0.45, abs=1e-2)
+    assert joint.intervals["E"][0] <= joint.fit.E + 1e-6
+    assert "In parameters N and targets D" in (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert '"share_of_starts"' in json.dumps(analysis.to_json(), allow_nan=False)
+    for rows in (grid_rows()[:7], grid_rows(targets=1e5), [{**r, "targets": r["dense_params"]} for r in grid_rows()]):
+        assert analyse(table(*rows), n_boot=20).panels[0].families[0].joint is None
+
+
 def test_trials_are_sorted_as_numbers_where_every_cell_is_one() -> None:
     shown = table({"a": "2.5", "b": "1e3", "c": "none", "d": "2"}, {"a": "", "b": "fast", "c": "", "d": "10"})
     assert [_is_numeric(shown, c) for c in "abcd"] == [True, False, False, True]
@@ -157,6 +216,14 @@ def test_checklist_tells_impressions_rates_and_the_split() -> None:
     assert "split: leave-last-out;" in said["Data, split, metric, candidates, base rate"]
     _, said = answers(table(*family("hstu", 0.8)))
     assert "split: not recorded" in said["Data, split, metric, candidates, base rate"]
+
+
+def test_checklist_gives_the_evaluation_noise_where_it_is_recorded() -> None:
+    rows = family("dlrm", 0.9)
+    question = "Seeds and evaluation noise"
+    assert "evaluation noise: not recorded" in answers(table(*rows))[1][question]
+    rows = [{**row, "ne_error": 0.001 * (i + 1)} for i, row in enumerate(rows[:5])] + rows[5:]
+    assert "median standard error of NE 0.003 over 5 trials" in answers(table(*rows))[1][question]
 
 
 def test_forms_are_told_apart_on_the_cuts_they_share() -> None:

@@ -13,7 +13,7 @@ FLOOR = Reference("Bayes NE", 0.75, 0.75, 0.75)
 
 
 def record(
-    c: float | None = 0.8, limits: object = (0.7, 0.9), bound: tuple[str, ...] = (), **panel: str
+    c: float | None = 0.8, limits: object = (0.7, 0.9), bound: tuple[str, ...] = (), **panel: object
 ) -> dict[str, Any]:
     fit = {"params": {"c": c}, "intervals": {"c": limits}, "at_bound": list(bound)}
     family = {"name": "hstu", "fits": {"loglin": {"params": {}, "intervals": None}, "power_const": fit}}
@@ -32,11 +32,25 @@ def record(
         ({"axis": "history", "x": "axis_value"}, "", 0),
         ({"axis": "depth", "x": "axis_value"}, "", 0),
         ({"metric": "auc"}, "", 0),
+        ({"axes": ["train_flops"], "histories": ["64"]}, "", 1),
+        ({"axes": ["compute", "depth"]}, "", 1),
+        ({"axes": ["depth"]}, "", 0),
+        ({"axes": ["data"]}, "", 0),  # the panel along data says it
+        ({"axis": "data", "x": "axis_value", "axes": ["data"], "histories": ["64"]}, "", 1),
+        ({"histories": ["32", "64"]}, "", 0),
     ],
 )
-def test_only_floors_of_the_panel_are_held_against_it(panel: dict[str, str], dataset: str, lines: int) -> None:
+def test_only_floors_of_the_panel_are_held_against_it(panel: dict[str, object], dataset: str, lines: int) -> None:
     floors = [Reference("Bayes NE", 0.75, 0.75, 0.75, dataset=dataset), Reference("oracle NE", 0.1, 0.1, 0.1)]
     assert len(held_against_truth(record(**panel), floors)) == lines
+
+
+def test_the_floor_of_the_trials_own_history_is_preferred() -> None:
+    floors = [Reference(f"Bayes NE, {n} events", 0.75, 0.75, 0.75, history=n) for n in (8, 64)]
+    floors.append(Reference("Bayes NE, all events", 0.7, 0.7, 0.7))
+    (line,) = held_against_truth(record(histories=["64.0"]), floors)
+    assert "Bayes NE, 64 events" in line
+    assert len(held_against_truth(record(histories=["32"]), floors)) == 3
 
 
 def test_a_line_names_a_bound_and_survives_missing_limits() -> None:

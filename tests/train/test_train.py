@@ -1,14 +1,18 @@
-"""Training: the optimiser's rules, resume = uninterrupted, early stop, records, evaluation."""
+"""Training: the optimiser's rules, resume = uninterrupted, early stop, validations, records, evaluation."""
 
 import json
 import math
+import time
+import types
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.plugins.hparams import plugin_data_pb2
 from tensorboard.util import tensor_util
@@ -22,7 +26,7 @@ from genrec_jax.errors import UserError
 from genrec_jax.train import loop
 from genrec_jax.train.checkpoint import Checkpoints
 from genrec_jax.train.estimate import abstract_model, estimate, init_params
-from genrec_jax.train.evaluate import evaluate, make_scorer
+from genrec_jax.train.evaluate import Evaluator, evaluate, make_scorer
 from genrec_jax.train.optimizer import make_optimizer, schedule
 from genrec_jax.train.step import bind, init_state, make_step
 from tests.data.helpers import random_dataset
@@ -48,12 +52,17 @@ def trial_of(sequences: Sequences, model: str = "dlrm", **settings: object) -> T
     return override(default_trial(model, path=str(sequences.path)), {**SETTINGS, **small, **settings})
 
 
-def test_schedule_warms_up_and_ends_at_zero() -> None:
-    rate = schedule(2e-3, 100, 0.1)
-    assert float(rate(0)) == 0.0
-    assert float(rate(10)) == pytest.approx(2e-3)
-    assert float(rate(55)) == pytest.approx(1e-3, rel=1e-5)
-    assert float(rate(100)) == pytest.approx(0.0, abs=1e-9)
+def test_schedule_moves_at_every_step_and_would_end_at_zero() -> None:
+    """19 steps, 2 of warm-up: the cosine spans the 18 steps from the peak at step 2 to the zero of a step 20."""
+    rate = schedule(2e-3, 19, 0.1)
+    by_hand = {1: 1e-3, 2: 2e-3, 5: (2 + 3**0.5) / 2 * 1e-3, 8: 1.5e-3, 11: 1e-3, 14: 0.5e-3, 20: 0.0, 21: 0.0}
+    for step, expected in by_hand.items():
+        assert float(rate(step - 1)) == pytest.approx(expected, rel=1e-12, abs=1e-18)
+        assert float(jax.jit(rate)(step - 1)) == pytest.approx(expected, rel=1e-5, abs=1e-9)
+    assert float(rate(18)) == pytest.approx(1e-3 * (1 - math.cos(math.pi / 18)))  # the last one
+    assert [float(schedule(1.0, 1, warmup)(0)) for warmup in (0.0, 0.9)] == [1.0, 1.0]
+    assert [float(schedule(1.0, 2, 0.0)(k)) for k in range(3)] == pytest.approx([1.0, 0.5, 0.0])
+    assert [float(schedule(1.0, 4, 0.99)(k)) for k in range(5)] == pytest.approx([0.25, 0.5, 0.75, 1.0, 0.0])
 
 
 def test_tables_follow_their_own_rule() -> None:
@@ -63,9 +72,8 @@ def test_tables_follow_their_own_rule() -> None:
     optimizer = make_optimizer(config, steps=100)
     state = optimizer.init(params)
     grads = {"items": {"rows_table": jnp.ones((3, 2))}, "dense": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}
-    for _ in range(2):  # the schedule starts at zero
-        updates, state = optimizer.update(grads, state, params)
-    rate = float(schedule(1.0, 100, config.warmup)(1))
+    updates, state = optimizer.update(grads, state, params)
+    rate = 1 / 5  # the first of five steps of warm-up
     np.testing.assert_allclose(updates["items"]["rows_table"], -1e-3 * rate, rtol=1e-4)
     np.testing.assert_allclose(updates["dense"]["bias"], -1e-2 * rate, rtol=1e-4)
     np.testing.assert_allclose(updates["dense"]["kernel"], -1e-2 * rate * 1.1, rtol=1e-4)
@@ -116,6 +124,34 @@ class Stopped(Exception):
     """Stands in for a kill."""
 
 
+TIMING = {"train_seconds", "compile_seconds", "wall_seconds", "examples_per_second", "achieved_flops", "mfu"}
+
+
+def untimed(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key not in TIMING}
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [untimed(json.loads(line)) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def board(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows: (step, value) by tag."""
+    read = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    return untimed({tag: [(e.step, e.value) for e in read.Scalars(tag)] for tag in read.Tags()["scalars"]})
+
+
+def end(run: Path, trial: Trial, sequences: Sequences) -> list[np.ndarray]:
+    """The parameters of the last checkpoint."""
+    like = init_state(init_params(trial, sequences.schema), make_optimizer(trial.train, 12), 0)
+    kept = Checkpoints(run / "checkpoints")
+    restored = kept.restore(like)
+    kept.close()
+    assert restored is not None
+    assert restored[0] == 12
+    return [np.asarray(x) for x in jax.tree.leaves(restored[1].params)]
+
+
 @pytest.mark.parametrize("model", ["hstu", "dlrm"])
 def test_resumed_equals_uninterrupted(sequences: Sequences, tmp_path: Path, model: str) -> None:
     """Killed after the checkpoint at step 5, the run ends with the very numbers of a run that was left alone."""
@@ -132,24 +168,106 @@ def test_resumed_equals_uninterrupted(sequences: Sequences, tmp_path: Path, mode
     seen: list[int] = []
     cut = loop.train(trial, tmp_path / "cut", on_progress=lambda record: seen.append(record["step"]))
     assert seen == [6, 8, 10, 12]
-    timing = {"train_seconds", "compile_seconds", "wall_seconds", "examples_per_second", "achieved_flops", "mfu"}
-    assert {k: v for k, v in cut.items() if k not in timing} == {k: v for k, v in whole.items() if k not in timing}
+    assert untimed(cut) == untimed(whole)
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+    ends = [end(tmp_path / name, trial, sequences) for name in ("cut", "whole")]
+    assert all(np.array_equal(a, b) for a, b in zip(*ends, strict=True))
 
-    def lines(name: str) -> list[tuple[int, float]]:
-        text = (tmp_path / name / "metrics.jsonl").read_text(encoding="utf-8")
-        return [(r["step"], r["loss"]) for r in map(json.loads, text.splitlines())]
 
-    assert lines("cut") == lines("whole")
-    like = init_state(init_params(trial, sequences.schema), make_optimizer(trial.train, 12), 0)
-    ends = []
-    for name in ("cut", "whole"):
-        kept = Checkpoints(tmp_path / name / "checkpoints")
-        ends.append(kept.restore(like))
-        kept.close()
-    assert ends[0] is not None
-    assert ends[1] is not None
-    leaves = [[np.asarray(x) for x in jax.tree.leaves(end[1].params)] for end in ends if end]
-    assert all(np.array_equal(a, b) for a, b in zip(*leaves, strict=True))
+@pytest.fixture(scope="module")
+def validated(sequences: Sequences, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 12 steps with four validations, left alone."""
+    run = tmp_path_factory.mktemp("validated") / "run"
+    loop.train(trial_of(sequences, **{"train.validations": 4}), run)
+    return run
+
+
+def test_validations_are_recorded_and_do_not_alter_training(
+    sequences: Sequences, tmp_path: Path, validated: Path
+) -> None:
+    one = loop.train(trial_of(sequences), tmp_path / "one")
+    four = json.loads((validated / "result.json").read_text(encoding="utf-8"))
+    assert untimed(one) == untimed(four)
+    assert [r for r in lines(validated) if "loss" in r] == [r for r in lines(tmp_path / "one") if "loss" in r]
+    trials = [(tmp_path / "one", trial_of(sequences)), (validated, trial_of(sequences, **{"train.validations": 4}))]
+    ends = [end(run, trial, sequences) for run, trial in trials]
+    assert all(np.array_equal(a, b) for a, b in zip(*ends, strict=True))
+
+    found = [r for r in lines(validated) if "loss" not in r]
+    assert [r["step"] for r in found] == [3, 6, 9, 12]
+    assert all(set(r) == {"step", "steps"} | {k for k in four if k.startswith("validation/")} for r in found)
+    assert {k: v for k, v in four.items() if k.startswith("validation/")}.items() <= found[-1].items()
+    assert len({r["validation/ne"] for r in found}) == 4
+    shown = board(validated)
+    for tag in ("validation/ne", "validation/auc/click", "validation/gauc", "validation/ne_error"):
+        assert shown[tag] == [(r["step"], pytest.approx(r[tag], rel=1e-6)) for r in found]
+    assert [step for step, _ in board(tmp_path / "one")["validation/ne"]] == [12]
+    assert [r["step"] for r in lines(tmp_path / "one") if "loss" not in r] == [12]
+
+
+def test_uneven_validations_are_as_even_as_steps_allow(sequences: Sequences, tmp_path: Path) -> None:
+    loop.train(trial_of(sequences, **{"train.steps": 7, "train.validations": 3}), tmp_path / "three")
+    assert [r["step"] for r in lines(tmp_path / "three") if "loss" not in r] == [3, 5, 7]
+    loop.train(trial_of(sequences, **{"train.steps": 3, "train.validations": 50}), tmp_path / "all")
+    assert [r["step"] for r in lines(tmp_path / "all") if "loss" not in r] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("at", ["step 4", "step 8", "validation 9", "validation 12", "test", "result"])
+def test_killed_anywhere_nothing_is_recorded_twice_or_lost(
+    sequences: Sequences, tmp_path: Path, validated: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    """Checkpoints after steps 5, 10 and 12; validations after 3, 6, 9 and 12. TensorBoard shows each step once."""
+    trial = trial_of(sequences, **{"train.validations": 4})
+    done: list[int] = []
+
+    def progress(record: dict) -> None:
+        if at == f"step {record['step']}":
+            raise Stopped
+
+    def evaluated(self: Evaluator, params: Any, part: Any, call: Any = Evaluator.__call__) -> dict[str, float]:
+        done.append(3 * len(done) + 3)
+        if at == (part if part == "test" else f"validation {done[-1]}"):
+            raise Stopped
+        return call(self, params, part)
+
+    def written(path: Path, record: dict[str, Any], write: Any = loop.write_json) -> None:
+        if at == path.stem:
+            raise Stopped
+        write(path, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluator, "__call__", evaluated)
+        patch.setattr(loop, "write_json", written)
+        with pytest.raises(Stopped):
+            loop.train(trial, tmp_path / "cut", on_progress=progress)
+    time.sleep(1.01 - time.time() % 1)  # event files are read in the order of the seconds in their names
+    cut = loop.train(trial, tmp_path / "cut")
+    assert len(list((tmp_path / "cut/tensorboard").iterdir())) == 2
+    whole = json.loads((validated / "result.json").read_text(encoding="utf-8"))
+    assert untimed(cut) == untimed(whole)
+    assert lines(tmp_path / "cut") == lines(validated)
+    assert board(tmp_path / "cut") == board(validated)
+    for tag, shown in board(validated).items():
+        assert len({step for step, _ in shown}) == len(shown), tag
+
+
+def test_time_of_validations_is_not_time_of_training(
+    sequences: Sequences, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spent = [0.0]
+
+    def slow(*_: Any) -> dict[str, float]:
+        spent[0] += 1000.0
+        return {"ne": 1.0}
+
+    clock = types.SimpleNamespace(perf_counter=lambda: time.perf_counter() + spent[0])
+    monkeypatch.setattr(Evaluator, "__call__", slow)
+    monkeypatch.setattr(loop, "time", clock)
+    result = loop.train(trial_of(sequences, **{"train.validations": 4}), tmp_path / "run")
+    assert result["train_seconds"] < 1000
+    assert result["wall_seconds"] > 5000  # four validations and the test
+    shown = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload().Scalars("examples_per_second")
+    assert all(event.value > result["targets"] / 1000 for event in shown)
 
 
 def test_result_is_complete_and_consistent(sequences: Sequences, tmp_path: Path) -> None:
@@ -164,6 +282,14 @@ def test_result_is_complete_and_consistent(sequences: Sequences, tmp_path: Path)
         assert key in result
 
 
+def test_the_test_part_can_be_left_unread(sequences: Sequences, tmp_path: Path) -> None:
+    both, one = (loop.train(trial_of(sequences, **{"train.report_test": r}), tmp_path / str(r)) for r in (True, False))
+    assert one["validation/ne"] == both["validation/ne"]
+    assert "ne" in both
+    assert "ne" not in one
+    assert one["eval_set"] != both["eval_set"]
+
+
 def test_tensorboard_holds_scalars_and_hparams(sequences: Sequences, tmp_path: Path) -> None:
     result = loop.train(trial_of(sequences), tmp_path / "run")
     (file,) = (tmp_path / "run/tensorboard").glob("events*")
@@ -172,6 +298,10 @@ def test_tensorboard_holds_scalars_and_hparams(sequences: Sequences, tmp_path: P
     losses = {step for tag, step in scalars if tag == "loss"}
     assert losses == {2, 4, 6, 8, 10, 12}
     assert {"mfu", "examples_per_second", "achieved_flops", "grad_norm"} <= {tag for tag, _ in scalars}
+    for step in losses:  # 12 steps, one of warm-up
+        rate = tensor_util.make_ndarray(scalars["learning_rate", step].tensor).item()
+        assert rate == pytest.approx(5e-4 * (1 + math.cos(math.pi * (step - 1) / 12)), rel=1e-6)
+    assert all(event.wall_time > 1e9 for event in found)
     assert tensor_util.make_ndarray(scalars["auc", 12].tensor).item() == pytest.approx(result["auc"], rel=1e-6)
     (start,) = [v for event in found for v in event.summary.value if v.tag == "_hparams_/session_start_info"]
     hparams = plugin_data_pb2.HParamsPluginData.FromString(
@@ -238,6 +368,9 @@ def test_retrieval_trial_reports_ranks(sequences: Sequences, tmp_path: Path) -> 
     trial = trial_of(sequences, "hstu_retrieval", **{"data.candidates": 1, "model.heads": 1, "model.negatives": 4})
     result = loop.train(trial, tmp_path / "run")
     assert 0 <= result["hr@10"] <= result["hr@50"] <= 1
+    assert {tag for tag in board(tmp_path / "run") if tag.startswith("validation/")} == {
+        f"validation/{name}@{k}" for name in ("hr", "ndcg") for k in (10, 50, 200)
+    } | {"validation/mrr"}
     assert result["targets"] > result["rows"]
 
 
