@@ -30,10 +30,9 @@ def _grid(chosen: list[int], rates: list[float]) -> Sweep:
             for dropout in DROPOUTS:
                 recipe = replace(RECIPES[family], learning_rate=rate, dropout=dropout)
                 for rung in chosen:
-                    trained = rungs(family, rung, rung, recipe)
-                    sweep += Sweep(
-                        tuple(replace(p, label=f"{p.label} rate={rate:g} dropout={dropout:g}") for p in trained)
-                    )
+                    (point,) = rungs(family, rung, rung, recipe)
+                    label = f"{point.label} rate={rate:g} dropout={dropout:g}"
+                    sweep += Sweep((replace(point, label=label, axis_value=rate),))
     return sweep * param("seed", [0])
 
 
