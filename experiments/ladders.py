@@ -3,7 +3,7 @@
 A rung is named s0, s1, ... On MovieLens-1M s0 costs about 2e10 training FLOPs; up to s4 each rung is about 2.1 times
 the last, from there 4.5 times: 2e10 to 8e12 for s0 to s6, the small budget (seven sizes, because a law with three
 parameters cannot be told from one with two by fewer), and 3e15 for s10. Each family trains by its own recipe
-(RECIPES), chosen by the same grid on the validation part alone (``experiments.tuning``). The lower
+(RECIPES), chosen by the same grid on the validation part alone (experiments/tuning.py). The lower
 rungs of the families that pay for the whole history at every request (DirL, Transformer) see part of an epoch: at their
 compute, more targets would have to be paid for with less model. All train on rows of N = 64 events, K = 8 candidates.
 """

@@ -3,8 +3,8 @@
     python -m experiments.tuning --data DATA --budget small --workers 2
 
 Every family of the comparison trains rungs s2, s4, s5 and s6 of its ladder with several learning rates, on the lower
-three also with two rates of dropout. The recipes in ``experiments.ladders`` are read off the validation NE; the test part
-is not evaluated.
+three also with two rates of dropout. The recipes in experiments/ladders.py are read off the validation NE; the test
+part is not evaluated.
 
 Small: 145 trials, about three quarters of an hour with two workers on two cores.
 
