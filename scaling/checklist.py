@@ -11,10 +11,14 @@ from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 
+from scaling.family import FamilyResult
 from scaling.laws import EQUATIONS, ESTIMATORS
-from scaling.study import Analysis, FamilyResult, Panel, done
+from scaling.metrics import is_retrieval
+from scaling.panel import Panel
+from scaling.study import Analysis
 from scaling.style import number
 from scaling.table import Table
+from scaling.trials import done
 
 NOT_RECORDED = "not recorded"
 NO_LAW = "No law was fitted."
@@ -193,14 +197,10 @@ def _split(table: Table) -> str:
     if not (table.has("validation") and table.has("test")):
         return NOT_RECORDED
     shares = f"global time, validation share {_values(table, 'validation')}, test share {_values(table, 'test')}"
-    retrieval = [_is_retrieval(metric) for metric in table.metrics()]
+    retrieval = [is_retrieval(metric) for metric in table.metrics()]
     if not any(retrieval):
         return shares
     return "leave-last-out" if all(retrieval) else f"ranking: {shares}; retrieval: leave-last-out"
-
-
-def _is_retrieval(metric: str) -> bool:
-    return "@" in metric or metric.startswith("mrr")
 
 
 def _noise(families: Sequence[FamilyResult], table: Table) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Unpack
 
-from scaling.report import PageOptions, write_report
+from scaling.report import PageOptions, write_report, write_whole
 from scaling.study import analyse
 from scaling.table import read_table
 
@@ -28,10 +28,7 @@ def fit_command(
     """
     result = analyse(read_table(list(tables)), y, x=x, group=group).to_json()
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        part = out.with_name(out.name + ".part")
-        part.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        part.replace(out)
+        write_whole(out, json.dumps(result, indent=1, allow_nan=False) + "\n")
     return result
 
 

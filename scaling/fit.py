@@ -208,6 +208,13 @@ def condition_number(curves: Curves, x: FloatArray) -> float:
     return float(np.linalg.cond(columns / np.linalg.norm(columns, axis=0)))
 
 
+def seed_warnings(points: Points) -> list[Warn]:
+    """The caution that follows from the seeds alone, with a law or without."""
+    if any(len(run) > 1 for run in points.runs):
+        return []
+    return [Warn("one_seed", "one seed per configuration: seed noise is not measured")]
+
+
 def fit_warnings(points: Points, fit: CurveFit) -> list[Warn]:
     """The cautions that follow from the points and one fit alone."""
     found: list[Warn] = []
@@ -215,8 +222,7 @@ def fit_warnings(points: Points, fit: CurveFit) -> list[Warn]:
         found.append(Warn("few_configurations", f"only {len(points)} configurations (at least {MIN_CONFIGS})"))
     if points.decades < MIN_DECADES:
         found.append(Warn("short_range", f"x spans {points.decades:.2f} decades (at least {MIN_DECADES} are wanted)"))
-    if all(len(run) < 2 for run in points.runs):
-        found.append(Warn("one_seed", "one seed per configuration: seed noise is not measured"))
+    found += seed_warnings(points)
     if fit.at_bound:
         found.append(Warn("at_bound", f"{fit.form}: the fit stopped at the bound {', '.join(fit.at_bound)}"))
     if fit.condition > MAX_CONDITION:

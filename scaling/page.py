@@ -116,6 +116,15 @@ def theme_colour(colour: str) -> str:
     return next((f"var(--{name})" for name, value in _THEMED.items() if value == colour.lower()), colour)
 
 
+def paragraphs(text: str) -> str:
+    """Plain text as HTML: blank lines separate paragraphs, an indented line is a command."""
+    parts = [part for part in text.split("\n\n") if part.strip()]
+    return "".join(
+        f"<p><code>{esc(part.strip())}</code></p>" if part.startswith("    ") else f"<p>{esc(part)}</p>"
+        for part in parts
+    )
+
+
 def document(title: str, body: str) -> str:
     """A whole self-contained page; the icon is an empty data URI so that no browser asks the network for one."""
     return (

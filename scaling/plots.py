@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.axes import Axes
 
+from scaling.family import FamilyResult
 from scaling.fit import MAX_EXTRAPOLATION
-from scaling.study import FamilyResult, Panel
+from scaling.metrics import metric_name
+from scaling.panel import Panel
 from scaling.style import (
     GRID,
     INK,
@@ -32,14 +34,12 @@ from scaling.style import (
 )
 from scaling.table import FloatArray
 
-_NAMES = {"ne": "NE", "logloss": "log loss", "auc": "AUC", "gauc": "GAUC", "mrr": "MRR"}
 _X_NAMES = {
     "train_flops": "training compute C (FLOPs)",
     "flops_per_target": "training FLOPs per target",
     "targets": "supervised targets D",
     "dense_params": "dense parameters N",
 }
-VALIDATION = "validation/"
 _SYMBOLS = {"train_flops": "C", "targets": "D", "dense_params": "N"}
 
 
@@ -73,15 +73,6 @@ class Reference:
     def matches(self, metric: str, dataset: str) -> bool:
         """True for this metric and dataset; an unnamed dataset, on either side, is taken to match."""
         return self.metric == metric and (not self.dataset or not dataset or self.dataset == dataset)
-
-
-def metric_name(metric: str) -> str:
-    """A metric's name for people: `ne/click` is "NE (click)", `validation/ne` "validation NE"."""
-    if metric.startswith(VALIDATION):
-        return f"validation {metric_name(metric.removeprefix(VALIDATION))}"
-    root, _, task = metric.partition("/")
-    name = _NAMES.get(root, root.upper() if "@" in root else root)
-    return f"{name} ({task})" if task else name
 
 
 def x_name(panel: Panel) -> str:

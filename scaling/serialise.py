@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 from scaling.bootstrap import Bootstrap
+from scaling.family import FamilyResult
 from scaling.fit import CurveFit, Warn
 from scaling.frontier import Comparison
+from scaling.joint import Joint
 from scaling.laws import EQUATIONS, ESTIMATORS
-from scaling.study import Analysis, FamilyResult, Joint, Panel, finite, higher_is_better
+from scaling.metrics import higher_is_better
+from scaling.panel import Panel
+from scaling.study import Analysis
 
 
 def analysis_to_json(analysis: Analysis) -> dict[str, object]:
@@ -51,7 +56,7 @@ def _family(family: FamilyResult) -> dict[str, object]:
         "name": family.name,
         "configurations": len(points),
         "runs": points.n_runs,
-        "decades": finite(points.decades),
+        "decades": _finite(points.decades),
         "best": {
             "label": points.labels[family.best] if points.labels else "",
             "x": float(points.x[family.best]),
@@ -69,7 +74,7 @@ def _family(family: FamilyResult) -> dict[str, object]:
         "predictions": [
             {
                 "x": p.x,
-                "value": finite(p.value),
+                "value": _finite(p.value),
                 "curve_interval": _pair(p.curve),
                 "one_run_interval": _pair(p.one_run),
                 "extrapolation_factor": p.extrapolation,
@@ -89,7 +94,7 @@ def _joint(joint: Joint) -> dict[str, object]:
         "intervals": {name: _pair(pair) for name, pair in joint.intervals.items()},
         "n": fit.n,
         "share_of_starts": fit.share,
-        "condition": finite(fit.condition),
+        "condition": _finite(fit.condition),
         "warnings": _warnings(fit.warnings),
     }
 
@@ -101,10 +106,10 @@ def _fit(fit: CurveFit, boot: Bootstrap | None) -> dict[str, object]:
         "bootstrap": boot.method if boot else None,
         "n": fit.n,
         "rss": fit.rss,
-        "r2": finite(fit.r2),
-        "mape_percent": finite(fit.mape),
-        "aicc": finite(fit.aicc),
-        "held_out_mape_percent": finite(fit.held_out_mape),
+        "r2": _finite(fit.r2),
+        "mape_percent": _finite(fit.mape),
+        "aicc": _finite(fit.aicc),
+        "held_out_mape_percent": _finite(fit.held_out_mape),
         "held_out": [
             {
                 "cut": cut.cut,
@@ -117,7 +122,7 @@ def _fit(fit: CurveFit, boot: Bootstrap | None) -> dict[str, object]:
             }
             for cut in fit.held_out
         ],
-        "condition": finite(fit.condition),
+        "condition": _finite(fit.condition),
         "at_bound": list(fit.at_bound),
     }
 
@@ -148,8 +153,13 @@ def _warnings(warnings: Iterable[Warn]) -> list[dict[str, str]]:
 
 
 def _pair(pair: Iterable[float] | None) -> list[float | None] | None:
-    return [finite(float(value)) for value in pair] if pair is not None else None
+    return [_finite(float(value)) for value in pair] if pair is not None else None
 
 
 def _numbers(values: Mapping[str, float]) -> dict[str, float | None]:
-    return {name: finite(value) for name, value in values.items()}
+    return {name: _finite(value) for name, value in values.items()}
+
+
+def _finite(value: float | None) -> float | None:
+    """The value, or None for what JSON cannot hold."""
+    return value if value is not None and math.isfinite(value) else None

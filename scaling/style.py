@@ -202,6 +202,11 @@ def number(value: float, digits: int = 5) -> str:
     return f"{value:#.{digits}g}".rstrip(".").replace("-", "−")
 
 
+def interval_text(pair: tuple[float, float] | None, digits: int = 5) -> str:
+    """An interval to read, `[low, high]`; empty where there is none."""
+    return f"[{number(pair[0], digits)}, {number(pair[1], digits)}]" if pair else ""
+
+
 def equation(form: str, params: dict[str, float], y: str, x: str) -> str:
     """A fitted law in words: `NE = 0.69331 + 14.330·C^−0.15339`, five significant digits."""
     b = params["b"]

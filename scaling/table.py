@@ -84,6 +84,10 @@ class Table:
                 files = ", ".join(dict.fromkeys(origin.rsplit(", line", 1)[0] for origin in self.origins))
                 raise TableError(f"{files or 'the table'}: the column {column!r} is missing")
 
+    def has_value(self, column: str) -> bool:
+        """True if at least one row holds a finite number in the column; `TableError` on a word."""
+        return bool(np.isfinite(self.numbers(column)).any())
+
     def text(self, column: str, default: str = "") -> list[str]:
         """The cells of one column as text; `default` where a cell is missing."""
         return [row.get(column, "") or default for row in self.rows]

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from scaling import Reference, Table, TableError, analyse, fit_command, read_table, report_command, write_report
+from scaling.metrics import default_metric, higher_is_better
 from scaling.plots import law_figure
-from scaling.study import default_metric, higher_is_better
 from scaling.style import equation, family_styles, number, tick
 
 HOSTILE = "<script>alert(1)</script>"

@@ -14,8 +14,9 @@ from scaling.bootstrap import bootstrap
 from scaling.checklist import checklist
 from scaling.fit import Points, choose, fit_forms, shared_held_out
 from scaling.frontier import Family, compare
-from scaling.report import _crossing_limits, _is_numeric, _trial_cell, times_less
 from scaling.study import Analysis
+from scaling.tables import _is_numeric, _trial_cell
+from scaling.words import _crossing_limits, times_less
 
 COMPUTE = np.geomspace(1e10, 1e14, 6)
 

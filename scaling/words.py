@@ -1,0 +1,95 @@
+"""What a page says of a panel in words: how two families compare, where their curves cross, what to be wary of."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from scaling.frontier import Comparison
+from scaling.metrics import higher_is_better, metric_name
+from scaling.page import esc
+from scaling.panel import Panel
+from scaling.plots import x_symbol
+from scaling.style import interval_text, number
+
+# A 95 % interval of a compute ratio wider than this factor says nothing that a reader could use.
+_UNDETERMINED = 1e6
+
+
+def comparison_html(c: Comparison, panel: Panel) -> str:
+    """One paragraph: the compute for equal quality, the slopes and the crossing of two families."""
+    ratio, x = c.ratio, x_symbol(panel)
+    said = [_ratio_text(c, panel) if len(ratio.quality) else ratio.reason]
+    if c.slope_difference is not None:
+        said.append(
+            f"its change per tenfold {x} differs by {number(c.slope_difference, 3)} "
+            f"{interval_text(c.slope_interval, 3)} over the range both cover"
+        )
+    said.append(_crossing_text(c, x))
+    return f"<p><strong>{esc(ratio.new)} against {esc(ratio.base)}:</strong> {esc('; '.join(said))}.</p>"
+
+
+def warnings_html(panel: Panel) -> str:
+    """Cautions of a panel, one line per distinct sentence with the families it is about."""
+    about: dict[tuple[str, str], list[str]] = {(w.code, w.text): ["all families"] for w in panel.warnings}
+    for family in panel.families:
+        for warn in family.warnings:
+            about.setdefault((warn.code, warn.text), []).append(family.name)
+    if not about:
+        return ""
+    items = "".join(
+        f"<li><code>{esc(code)}</code> {esc(', '.join(names))}: {esc(text)}</li>"
+        for (code, text), names in about.items()
+    )
+    return f'<ul class="warnings" aria-label="Warnings">{items}</ul>'
+
+
+def _ratio_text(c: Comparison, panel: Panel) -> str:
+    """The compute ratio at both ends of the quality that both families were seen at, the easier end first."""
+    quality = c.ratio.quality
+    ends = [0, len(quality) - 1] if higher_is_better(panel.metric) else [len(quality) - 1, 0]
+    if np.all(c.ratio.high[ends] > _UNDETERMINED * c.ratio.low[ends]):
+        return "the compute for equal quality is not determined by these trials: one of the curves is nearly flat"
+    said = []
+    for i in ends:
+        words = times_less(float(c.ratio.ratio[i]), float(c.ratio.low[i]), float(c.ratio.high[i]))
+        said.append(f"at {metric_name(panel.metric)} {number(quality[i], 4)} it needs {words} {x_symbol(panel)}")
+    return " and ".join(said)
+
+
+def times_less(ratio: float, low: float, high: float) -> str:
+    """A compute ratio with its limits (NaN if unknown) in words: "2.00 [1.50, 3.00] times less", or "... more"."""
+    less = ratio >= 1
+    values = (ratio, low, high) if less else (_over(ratio), _over(high), _over(low))
+    limits = "" if math.isnan(low) else f" {interval_text(values[1:], 3)}"
+    return f"{number(values[0], 3)}{limits} times {'less' if less else 'more'}"
+
+
+def _over(value: float) -> float:
+    return 1 / value if value else math.inf
+
+
+def _crossing_text(c: Comparison, x: str) -> str:
+    if c.slope_range is None:
+        return f"no {x} was observed for both, so no crossing was looked for"
+    if c.crossing is None:
+        return f"the curves do not cross over the {x} observed for both"
+    share = f", in {c.crossing_share:.0%} of draws" if c.crossing_share is not None else ""
+    where = f"at {x} = {number(c.crossing, 3)}{_crossing_limits(c.crossing_interval)}{share}"
+    return f"the curves cross {where}" if c.crossings == 1 else f"the curves cross {c.crossings} times, first {where}"
+
+
+def _crossing_limits(pair: tuple[float, float] | None) -> str:
+    """The crossing's interval in words: a limit outside the range both families cover is not known."""
+    if pair is None:
+        return ""
+    low, high = pair
+    if low > 0 and math.isfinite(high):
+        return f" {interval_text(pair, 3)}"
+    ends = [f"from {number(low, 3)}"] if low > 0 else []
+    ends += [f"up to {number(high, 3)}"] if math.isfinite(high) else []
+    unknown = "lower" if ends and low == 0 else "upper"
+    if not ends:
+        return " (95 %: no limit inside the range both cover)"
+    return f" (95 %: {ends[0]}, no {unknown} limit inside the range both cover)"
