@@ -19,7 +19,7 @@ from experiments.ladders import BASE, RECIPES, RUNGS, rungs
 from experiments.study import Study
 from experiments.sweep import Sweep, param
 
-# At width 32; the rule for wider models is part of the recipe. The outer two only show that the inner three bracket.
+# At width 32 and below; here all fall with the square root of the width. The outer two show that the rest bracket.
 LEARNING_RATES = [1e-3, 3e-3, 9e-3, 2.7e-2, 8.1e-2]
 _MIDDLE = LEARNING_RATES[1:-1]
 
@@ -29,7 +29,7 @@ def _grid(chosen: list[int], rates: list[float], dropouts: list[float]) -> Sweep
     for family in RUNGS:
         for rate in rates:
             for dropout in dropouts:
-                recipe = replace(RECIPES[family], learning_rate=rate, dropout=dropout)
+                recipe = replace(RECIPES[family], learning_rate=rate, power=0.5, dropout=dropout)
                 for rung in chosen:
                     (point,) = rungs(family, rung, rung, recipe)
                     label = f"{point.label} rate={rate:g} dropout={dropout:g}"
