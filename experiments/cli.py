@@ -187,6 +187,17 @@ def report(runs: Positional[tuple[Path, ...]], *, out: Path) -> None:
     write_report(list(runs), out)
 
 
+def compare(trials: Positional[tuple[Path, ...]]) -> None:
+    """Hold trained trials against the first on the same test impressions: NE and paired 95 % intervals.
+
+    Args:
+        trials: Folders of finished ranking trials (as `genrec train` writes, or trials/HASH of a study).
+    """
+    from experiments.compare import compare_command
+
+    compare_command(trials)
+
+
 def bench(name: Positional[str] = "all", *, data: Path | None = None) -> None:
     """Measure speed and memory on this machine (docs/benchmarks says how to read it).
 
@@ -205,6 +216,7 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
     "sweep": sweep,
     "fit": fit,
     "report": report,
+    "compare": compare,
     "bench": bench,
 }
 

@@ -139,17 +139,13 @@ class RankingMetrics:
 
     def result(self) -> dict[str, float]:
         """The metrics of all rows added so far."""
-        empty = np.empty((0, len(self.tasks)))
-        logits, labels = np.concatenate([empty, *self._logits]), np.concatenate([empty, *self._labels])
-        users = np.concatenate([np.empty(0, np.int64), *self._users])
+        logits, labels, users = self._rows()
         result: dict[str, float] = {}
-        influences = []
         for i, task in enumerate(self.tasks):
             x, y = logits[:, i], labels[:, i]
             result[f"ne/{task}"] = normalised_entropy(x, y)
             if math.isfinite(result[f"ne/{task}"]):
-                influences.append(ne_influence(x, y, users))
-                result[f"ne_error/{task}"] = clustered_error(influences[-1])
+                result[f"ne_error/{task}"] = clustered_error(ne_influence(x, y, users))
             result[f"auc/{task}"] = auc(x, y)
             result[f"gauc/{task}"] = gauc(x, y, users)
             result[f"logloss/{task}"] = log_loss(x, y)
@@ -157,9 +153,24 @@ class RankingMetrics:
         for name in ("ne", "auc", "gauc"):
             values = [v for task in self.tasks if math.isfinite(v := result[f"{name}/{task}"])]
             result[name] = float(np.mean(values)) if values else math.nan
-        if influences:
-            result["ne_error"] = clustered_error(np.mean(influences, axis=0))
+        if math.isfinite(result["ne"]):
+            result["ne_error"] = clustered_error(self.influence()[1])
         return _defined(result | {"impressions": len(logits)})
+
+    def influence(self) -> tuple[float, np.ndarray]:
+        """The mean ``ne`` over the tasks that define it, and every user's influence on it, as :func:`ne_influence`."""
+        logits, labels, users = self._rows()
+        columns = [(logits[:, i], labels[:, i]) for i in range(len(self.tasks))]
+        values = [(ne, ne_influence(x, y, users)) for x, y in columns if math.isfinite(ne := normalised_entropy(x, y))]
+        if not values:
+            return math.nan, np.full(len(np.unique(users)), math.nan)
+        return float(np.mean([ne for ne, _ in values])), np.mean([each for _, each in values], axis=0)
+
+    def _rows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """logits [R, A], labels [R, A], users [R] of all rows added so far."""
+        empty = np.empty((0, len(self.tasks)))
+        users = np.concatenate([np.empty(0, np.int64), *self._users])
+        return np.concatenate([empty, *self._logits]), np.concatenate([empty, *self._labels]), users
 
 
 def _defined(result: dict[str, float]) -> dict[str, float]:

@@ -41,6 +41,10 @@ class Evaluator:
         """As :func:`evaluate`. Raises UserError naming the dataset and the part if it is empty."""
         return evaluate(self._model, self._scorer, params, self._batches(part), self._sequences.schema.tasks)
 
+    def ranking(self, params: Any, part: Part) -> metrics.RankingMetrics:
+        """A ranker's scored impressions. Raises UserError as above."""
+        return scored(self._scorer, params, self._batches(part), self._sequences.schema.tasks)
+
 
 def make_scorer(model: Model) -> Callable[[Any, Batch], jax.Array]:
     """The jitted (params, batch) -> logits [B, C, A] of a ranker, or target ranks [B] (1 = best) of a retriever."""
@@ -70,9 +74,16 @@ def evaluate(
             real = np.asarray(batch.candidates.segment)[:, 0] > 0
             retrieval.add(np.asarray(scorer(params, batch))[real])
         return retrieval.result()
+    return scored(scorer, params, batches, tasks).result()
+
+
+def scored(
+    scorer: Callable[[Any, Batch], jax.Array], params: Any, batches: Iterable[Batch], tasks: tuple[str, ...]
+) -> metrics.RankingMetrics:
+    """Every impression of ``batches`` with a ranker's logits."""
     ranking = metrics.RankingMetrics(tasks)
     for batch in batches:
         real = np.asarray(batch.candidates.segment) > 0
         users = metrics.candidate_users(batch)
         ranking.add(np.asarray(scorer(params, batch)), np.asarray(batch.candidates.labels), real, users)
-    return ranking.result()
+    return ranking

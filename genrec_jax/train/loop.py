@@ -14,8 +14,9 @@ import numpy as np
 
 from genrec_jax.config import Trial
 from genrec_jax.data.pipeline import TrainStream
-from genrec_jax.data.sequences import load
+from genrec_jax.data.sequences import Sequences, load
 from genrec_jax.data.splits import Part
+from genrec_jax.errors import UserError
 from genrec_jax.models.registry import Model
 from genrec_jax.train.checkpoint import Checkpoints
 from genrec_jax.train.estimate import Account, abstract_model, account, init_params
@@ -72,6 +73,23 @@ def train(trial: Trial, run_dir: Path, *, on_progress: Progress | None = None) -
     }
     write_json(run_dir / "result.json", result)
     return result
+
+
+def restored(trial: Trial, run_dir: Path) -> tuple[Sequences, Model, Any]:
+    """The data, the model and the trained parameters of a trial, from its newest checkpoint.
+
+    Raises UserError for unusable data, or if the folder has no checkpoint.
+    """
+    sequences = load(trial.data.path)
+    like = init_state(init_params(trial, sequences.schema), make_optimizer(trial.train, 1), trial.seed)
+    folder = run_dir / "checkpoints"
+    found = None
+    if folder.is_dir():
+        with contextlib.closing(Checkpoints(folder)) as checkpoints:
+            found = checkpoints.restore(like)
+    if found is None:
+        raise UserError(f"{run_dir} has no checkpoint")
+    return sequences, abstract_model(trial, sequences.schema), found[1].params
 
 
 class _Run:
