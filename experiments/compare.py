@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from experiments.folder import read_record, read_result
 from genrec_jax.config import Trial, trial_from_json
@@ -61,7 +61,8 @@ def compare(folders: Sequence[Path]) -> list[Compared]:
 def compare_command(folders: Sequence[Path]) -> None:
     """Prints :func:`compare` as a table."""
     found = compare(folders)
-    table = Table("trial", "model", "training FLOPs", "test NE", "difference", "95 % interval", box=None)
+    names = ("trial", "model", "FLOPs", "NE", "difference", "95 % interval")
+    table = Table(*(Column(name, no_wrap=True) for name in names), box=None)
     for one in found:
         low, high = one.difference - 1.96 * one.error, one.difference + 1.96 * one.error
         interval = f"{low:+.4f} to {high:+.4f}" if one is not found[0] else ""
