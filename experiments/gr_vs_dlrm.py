@@ -11,7 +11,7 @@ Small: seven sizes per family over 2.6 decades (2e10 to 8e12 FLOPs on MovieLens-
 minutes with two workers on two free cores. Medium: larger sizes, for a GPU. Large: the upper rungs, for accelerators.
 
 Expect the classical rankers ahead at small compute, where their numeric features do the work that a sequence model has
-yet to learn, and flat from there on; the sequence models go on gaining and pass them late.
+yet to learn, and almost flat from there on; the sequence models go on gaining and catch up at the top.
 """
 
 import sys
