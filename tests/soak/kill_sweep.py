@@ -5,7 +5,7 @@
 Runs the quickstart study on the tiny synthetic world twice with two workers: once undisturbed, once with ``kill -9`` of
 the launcher or of a worker at random moments, five times, starting the same command again whenever the launcher died.
 Prints every kill, then whether the tables agree in every column that is not a time, and how often each trial finished.
-Takes about five minutes on two cores; too long for the suite, which kills a fake trainer instead (test_kill.py).
+Takes about three minutes on two cores; too long for the suite, which kills a fake trainer instead (test_kill.py).
 """
 
 import csv
@@ -51,7 +51,7 @@ def disturbed(data: Path, out: Path, rng: random.Random, kills: int = 5) -> None
     """Runs the sweep to its end through ``kills`` kills."""
     launcher = sweep(data, out)
     for turn in range(kills):
-        time.sleep(rng.uniform(4.0, 15.0))
+        time.sleep(rng.uniform(3.0, 9.0))
         at_work = workers(launcher.pid)
         hit_launcher = turn % 2 == 0 or not at_work
         victim = launcher.pid if hit_launcher else rng.choice(at_work)
