@@ -20,16 +20,24 @@ def higher_is_better(metric: str) -> bool:
     return _FALLING.search(metric.lower()) is None
 
 
+def has_metric(table: Table) -> bool:
+    """Whether any metric of the test or the validation part has a value."""
+    return bool(table.metrics() or metrics_of_split(table, VALIDATION))
+
+
 def default_metric(table: Table) -> str:
     """The metric a report headlines: NE, else log loss, else HR@10, else the first metric column that has values.
+
+    A table without test metrics, such as one of a tuning study, is headlined by its validation metrics alike.
 
     Raises:
         TableError: no metric column has values.
     """
-    present = table.metrics()
+    test, validation = table.metrics(), metrics_of_split(table, VALIDATION)
+    present = test or validation
     for name in ("ne", "logloss", "hr@10"):
-        if name in present:
-            return name
+        if (name if test else VALIDATION + name) in present:
+            return name if test else VALIDATION + name
     if not present:
         raise TableError("the table has no metric column with values (ne, logloss, auc, hr@10, ...)")
     return present[0]
@@ -45,10 +53,10 @@ def metric_name(metric: str) -> str:
 
 
 def metrics_of_split(table: Table, headline: str) -> list[str]:
-    """The metric columns of the split that the headline is of, in table order."""
+    """The metric columns with values of the split that the headline is of, in table order."""
     if not headline.startswith(VALIDATION):
         return table.metrics()
-    names = {c: c.removeprefix(VALIDATION) for c in table.columns if c.startswith(VALIDATION)}
+    names = {c: c.removeprefix(VALIDATION) for c in table.columns if c.startswith(VALIDATION) and table.has_value(c)}
     return [c for c, name in names.items() if METRIC.fullmatch(name) and not name.startswith("base_rate")]
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from scaling import laws
 from scaling.family import Settings
-from scaling.metrics import default_metric, higher_is_better
+from scaling.metrics import default_metric, has_metric, higher_is_better
 from scaling.panel import TUNED, Panel, analyse_panel, usable
 from scaling.table import Table, TableError
 from scaling.trials import fittable, sections
@@ -123,7 +123,7 @@ def _main_metric(table: Table, x: str) -> str:
     """The default metric of the trials that can be fitted, or of all where none can (the refusal then names it)."""
     table.require(x)
     fitted = table.where(fittable(table, x))
-    return default_metric(fitted if fitted.metrics() else table)
+    return default_metric(fitted if has_metric(fitted) else table)
 
 
 def _section_metric(part: Table, wanted: str | None, x: str) -> str | None:
@@ -131,7 +131,7 @@ def _section_metric(part: Table, wanted: str | None, x: str) -> str | None:
     fitted = part.where(fittable(part, x))
     if wanted is not None and fitted.has_value(wanted):
         return wanted
-    return default_metric(fitted) if fitted.metrics() else None
+    return default_metric(fitted) if has_metric(fitted) else None
 
 
 def _panels(part: Table, study: str, dataset: str, s: Settings, axes: bool) -> list[Panel]:

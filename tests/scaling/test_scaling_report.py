@@ -267,6 +267,9 @@ def test_metric_direction_and_default() -> None:
     table = analyse_table("hr@10")
     assert default_metric(table) == "hr@10"
     assert analyse(table, n_boot=50).rising
+    for metric in ("validation/ne", "validation/hr@10"):  # nothing of the test part: a tuning study
+        assert default_metric(analyse_table(metric)) == metric
+        assert analyse(analyse_table(metric), n_boot=50).metric == metric
 
 
 def analyse_table(metric: str) -> Table:
