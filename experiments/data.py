@@ -5,7 +5,7 @@
 The same HSTU and DLRM train on nested shares of the users (every user of a smaller share is in the larger one). All
 are evaluated on the same impressions of all users. One pass over whatever data there is.
 
-Small: shares of 1/16 to 1, 10 trials, about four minutes with two workers on two cores. Medium and large: bigger
+Small: shares of 1/16 to 1, 10 trials, about a minute with two workers on two cores. Medium and large: bigger
 models, two seeds.
 
 Expect a power law in the number of training targets, steeper for HSTU.

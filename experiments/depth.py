@@ -4,10 +4,10 @@
 
 HSTU blocks (width 48) against layers of DLRM's top MLP (width 192), everything else fixed, one pass over the data.
 
-Small: 1 to 8 layers, 8 trials, about five minutes with two workers on two cores. Medium: up to 16 layers at width 128,
+Small: 1 to 8 layers, 8 trials, about three minutes with two workers on two cores. Medium: up to 16 layers at width 128,
 two seeds. Large: up to 32 at width 512.
 
-Expect HSTU to gain from the first few blocks and DLRM to gain nothing after two or three layers.
+Expect HSTU to gain from two to four blocks at this budget, and DLRM to gain nothing.
 """
 
 import sys

@@ -6,10 +6,10 @@ Two HSTU blocks against DLRM with two layers in its top MLP; DLRM's MLP is four 
 families' parameters comparable. The learning rate follows each family's recipe (falls with the square root of the
 width).
 
-Small: widths 16 to 128, 8 trials, about five minutes with two workers on two cores. Medium: 32 to 512, two seeds.
+Small: widths 16 to 128, 8 trials, about two minutes with two workers on two cores. Medium: 32 to 512, two seeds.
 Large: 128 to 1024.
 
-Expect both to gain from width with diminishing returns on MovieLens-1M, HSTU further.
+Expect HSTU to gain with diminishing returns, and DLRM little.
 """
 
 import sys
