@@ -7,7 +7,7 @@ HSTU blocks (width 48) against layers of DLRM's top MLP (width 192), everything 
 Small: 1 to 8 layers, 8 trials, about three minutes with two workers on two cores. Medium: up to 16 layers at width 128,
 two seeds. Large: up to 32 at width 512.
 
-Expect HSTU to gain from two to four blocks at this budget, and DLRM to gain nothing.
+Expect HSTU to gain from the second block and little after it at this budget, and DLRM to gain nothing.
 """
 
 import sys

@@ -5,7 +5,7 @@
 The first rungs of the comparison study on a synthetic world of 500 thousand events, where the best possible NE is
 known: 18 trials, about three minutes with two workers on two cores. The page draws the Bayes NE beside the curves.
 
-Expect DLRM ahead at the smallest compute, and nobody near the Bayes NE: that takes more data.
+Expect DLRM ahead throughout, and nobody near the Bayes NE: that takes more data and compute.
 """
 
 import sys

@@ -56,7 +56,7 @@ def metrics_of_split(table: Table, headline: str) -> list[str]:
     """The metric columns with values of the split that the headline is of, in table order."""
     if not headline.startswith(VALIDATION):
         return table.metrics()
-    names = {c: c.removeprefix(VALIDATION) for c in table.columns if c.startswith(VALIDATION) and table.has_value(c)}
+    names = {c: c.removeprefix(VALIDATION) for c in table.columns if c.startswith(VALIDATION) and table.has(c)}
     return [c for c, name in names.items() if METRIC.fullmatch(name) and not name.startswith("base_rate")]
 
 
