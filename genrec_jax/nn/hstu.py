@@ -55,7 +55,7 @@ class HSTUBlock(nnx.Module):
         """x [B, T, D], the pairs of its tokens -> [B, T, D]; dropout is on when ``rngs`` is given."""
         gate, v, q, k = self.projections(x)
         attended = hstu_attention(
-            q, k, v, plan, divisor=self.longest, position_bias=self.bias.position[...], time_bias=self.bias.time[...]
+            q, k, v, plan, max_len=self.longest, position_bias=self.bias.position[...], time_bias=self.bias.time[...]
         )
         return self.merge(x, gate, attended, rngs=rngs)
 

@@ -1,9 +1,15 @@
-"""Pointwise SiLU attention (HSTU) and its softmax control, on rows that may pack several sequences."""
+"""Pointwise SiLU attention (HSTU) and its softmax control, on packed, padded or mixed rows of sequences."""
 
-from kernels_pallas.hstu_attention.api import BACKENDS, hstu_attention, softmax_attention
+from kernels_pallas.hstu_attention.api import (
+    BACKENDS,
+    hstu_attention,
+    hstu_attention_padded,
+    plan,
+    softmax_attention,
+)
 from kernels_pallas.hstu_attention.buckets import TIME_BUCKETS, time_bucket
-from kernels_pallas.hstu_attention.plan import Plan, plan
-from kernels_pallas.hstu_attention.tokens import Tokens, visible
+from kernels_pallas.hstu_attention.plan import Plan
+from kernels_pallas.hstu_attention.tokens import Tokens, jagged_tokens, padded_tokens, visible
 
 __all__ = [
     "BACKENDS",
@@ -11,6 +17,9 @@ __all__ = [
     "Plan",
     "Tokens",
     "hstu_attention",
+    "hstu_attention_padded",
+    "jagged_tokens",
+    "padded_tokens",
     "plan",
     "softmax_attention",
     "time_bucket",

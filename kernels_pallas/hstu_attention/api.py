@@ -1,20 +1,22 @@
 """The public operations: argument checks, and the choice of a backend."""
 
-from collections.abc import Callable, Sequence
+import dataclasses
+import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
-from kernels_pallas.hstu_attention import reference, xla
-from kernels_pallas.hstu_attention.plan import Plan, plan
-from kernels_pallas.hstu_attention.tokens import Tokens
+from kernels_pallas.hstu_attention.plan import Plan
+from kernels_pallas.hstu_attention.tokens import Tokens, jagged_tokens, padded_tokens
 
-# A backend raises NotImplementedError, with the reason, for a call it cannot serve.
-BACKENDS: dict[str, dict[str, Callable[..., jax.Array]]] = {
-    "xla": {"hstu": xla.hstu, "softmax": xla.softmax},
-    "reference": {"hstu": reference.hstu, "softmax": reference.softmax},
+# A backend is a module with `prepare(tokens, positions, buckets)`, run once per plan, and the operations `hstu` and
+# `softmax`; an operation raises NotImplementedError, with the reason, for a call it cannot serve.
+BACKENDS: dict[str, str] = {
+    "reference": "kernels_pallas.hstu_attention.reference",
+    "xla": "kernels_pallas.hstu_attention.xla",
 }
-_DEFAULT = ("xla",)
+_DEFAULTS = {"tpu": ("xla",), "gpu": ("xla",)}
 
 Implementation = str | Sequence[str] | None
 
@@ -23,40 +25,96 @@ def hstu_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    tokens: Tokens | Plan,
+    offsets: jax.Array | Tokens | Plan,
     *,
-    divisor: float,
+    max_len: float,
     alpha: float = 1.0,
+    num_targets: jax.Array | None = None,
+    window: int = 0,
+    full_len: int = 0,
+    context_len: int = 0,
     position_bias: jax.Array | None = None,
     time_bias: jax.Array | None = None,
+    timestamps: jax.Array | None = None,
     implementation: Implementation = None,
 ) -> jax.Array:
-    """Pointwise SiLU attention, ``(SiLU(alpha · q kᵀ + bias) ⊙ mask / divisor) v`` (HSTU, arXiv 2402.17152).
+    """Pointwise SiLU attention, ``(SiLU(alpha · q kᵀ + bias) ⊙ mask / max_len) v`` (HSTU, arXiv 2402.17152).
 
     Differentiable once in q, k, v and both tables; padding tokens get exact zeros, whatever they hold.
 
     Args:
-      q, k: [B, T, H, Dqk], float32, bfloat16 or float64; products accumulate in at least float32.
-      v: [B, T, H, Dv].
-      tokens: attributes of the tokens [B, T], or the `Plan` made from them once for all layers of a step.
-      divisor: a configured constant (the longest sequence), never the batch's own length.
+      q, k: packed sequences [T, H, Dqk], or rows [B, T, H, Dqk] when ``offsets`` is `Tokens` or a `Plan`; float32,
+        bfloat16 or float64; products accumulate in at least float32.
+      v: as q, with Dv.
+      offsets: int [B + 1], where the packed sequences begin and end; or the attributes of tokens in rows [B, T]; or
+        the `Plan` made from either once for all layers of a step.
+      max_len: the divisor, a configured constant (the longest sequence), never the batch's own length.
       alpha: factor on the products of queries and keys.
-      position_bias: [2n - 1], indexed by ``clip(order_k - order_q, -(n-1), n-1) + n - 1``; shared by the heads.
+      num_targets, window, full_len, context_len, timestamps: the mask and the times, as in `jagged_tokens`; only
+        with int offsets.
+      position_bias: [2n - 1], indexed by ``clip(position_k - position_q, -(n-1), n-1) + n - 1``; shared by the heads.
       time_bias: [129], indexed by ``time_bucket(query_time_q, key_time_k)``; shared by the heads.
-      implementation: a name of `BACKENDS` to insist on, a sequence of names to try in order, None for the default.
+      implementation: a name of `BACKENDS` to insist on, a sequence of names to try in order, None for the best here.
 
     Returns:
-      [B, T, H, Dv] in the dtype of v.
+      As v, in its dtype.
 
     Raises:
       ValueError: shapes that do not fit, a plan made for other tables, or an unknown backend.
       NotImplementedError: no chosen backend can serve the call; the message gives each one's reason.
     """
-    if divisor <= 0:
-        raise ValueError(f"divisor must be positive, got {divisor}")
-    pairs = _checked_plan(q, k, v, tokens, position_bias, time_bias)
-    options = {"divisor": divisor, "alpha": alpha, "position_bias": position_bias, "time_bias": time_bias}
-    return _dispatch("hstu", implementation, (q, k, v, pairs), options)
+    if max_len <= 0:
+        raise ValueError(f"max_len must be positive, got {max_len}")
+    mask = {"num_targets": num_targets, "window": window, "full_len": full_len, "context_len": context_len}
+    options = {"divisor": max_len, "alpha": alpha, "position_bias": position_bias, "time_bias": time_bias}
+    if isinstance(offsets, Tokens | Plan):
+        if num_targets is not None or timestamps is not None or window or full_len or context_len:
+            raise ValueError("num_targets, window, full_len, context_len and timestamps go with int offsets alone")
+        return _call("hstu", q, k, v, offsets, options, implementation)
+    if q.ndim != 3 or offsets.ndim != 1:
+        raise ValueError(f"packed sequences are [T, H, D] with offsets [B + 1], got {q.shape} and {offsets.shape}")
+    if time_bias is not None and timestamps is None:
+        raise ValueError("a time_bias needs timestamps")
+    tokens = jagged_tokens(offsets, q.shape[0], timestamps=timestamps, **mask)
+    return _call("hstu", q[None], k[None], v[None], tokens, options, implementation)[0]
+
+
+def hstu_attention_padded(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lengths: jax.Array,
+    *,
+    max_len: float,
+    alpha: float = 1.0,
+    num_targets: jax.Array | None = None,
+    window: int = 0,
+    full_len: int = 0,
+    context_len: int = 0,
+    position_bias: jax.Array | None = None,
+    time_bias: jax.Array | None = None,
+    timestamps: jax.Array | None = None,
+    implementation: Implementation = None,
+) -> jax.Array:
+    """`hstu_attention` of one sequence per row: q, k, v [B, N, H, D], ``lengths`` [B], ``timestamps`` [B, N].
+
+    No copy is made: the kernels read the rows as they lie, and padding gets exact zeros.
+    """
+    if q.ndim != 4 or lengths.shape != q.shape[:1]:
+        raise ValueError(f"padded sequences are [B, N, H, D] with lengths [B], got {q.shape} and {lengths.shape}")
+    if time_bias is not None and timestamps is None:
+        raise ValueError("a time_bias needs timestamps")
+    tokens = padded_tokens(
+        lengths,
+        q.shape[1],
+        num_targets=num_targets,
+        window=window,
+        full_len=full_len,
+        context_len=context_len,
+        timestamps=timestamps,
+    )
+    tables = {"position_bias": position_bias, "time_bias": time_bias}
+    return hstu_attention(q, k, v, tokens, max_len=max_len, alpha=alpha, implementation=implementation, **tables)
 
 
 def softmax_attention(
@@ -72,55 +130,100 @@ def softmax_attention(
 ) -> jax.Array:
     """Softmax attention under the same mask and biases, the control of `hstu_attention`.
 
-    ``softmax(scale · q kᵀ + bias)`` over the visible keys, times v; padding rows give exact zeros. Arguments,
-    result and errors as in `hstu_attention`.
+    ``softmax(scale · q kᵀ + bias)`` over the visible keys, times v; padding rows give exact zeros. Rows, result and
+    errors as in `hstu_attention`.
     """
-    pairs = _checked_plan(q, k, v, tokens, position_bias, time_bias)
     options = {"scale": scale, "position_bias": position_bias, "time_bias": time_bias}
-    return _dispatch("softmax", implementation, (q, k, v, pairs), options)
+    return _call("softmax", q, k, v, tokens, options, implementation)
 
 
-def _checked_plan(
+def plan(
+    tokens: Tokens, *, positions: int = 0, buckets: int = 0, implementation: Implementation = None
+) -> Plan:
+    """Prepares the pairs of a batch once for all layers of a step.
+
+    Args:
+      tokens: attributes of each token, [B, T].
+      positions: n of the position bias tables [2n - 1] that the layers will pass, 0 for none.
+      buckets: length of the time bias tables that the layers will pass (`TIME_BUCKETS`), 0 for none.
+      implementation: as in `hstu_attention`, for every call with this plan that does not name its own.
+
+    Raises:
+      ValueError: a negative size, token fields of different shapes, or an unknown backend.
+    """
+    if positions < 0 or buckets < 0:
+        raise ValueError(f"table sizes must not be negative: positions={positions}, buckets={buckets}")
+    shapes = {field.shape for field in tokens if field is not None}
+    if len(shapes) != 1 or tokens.segment.ndim != 2:
+        raise ValueError(f"token fields must share one shape [B, T], got {sorted(shapes)}")
+    names = _names(implementation)
+    prepared = {name: _backend(name).prepare(tokens, positions, buckets) for name in names if tokens.segment.size}
+    return Plan(tokens, prepared, positions, buckets, names)
+
+
+def _names(implementation: Implementation) -> tuple[str, ...]:
+    """The backends to try in order."""
+    if implementation is None:
+        return _DEFAULTS.get(jax.default_backend(), ("xla",))
+    names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
+    unknown = [name for name in names if name not in BACKENDS]
+    if unknown or not names:
+        raise ValueError(f"unknown implementation {unknown or names}; choose from {sorted(BACKENDS)}")
+    return names
+
+
+def _backend(name: str) -> Any:
+    """The backend's module, imported on first use: a machine without a GPU need not load the GPU's language."""
+    return importlib.import_module(BACKENDS[name])
+
+
+def _call(
+    operation: str,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
     tokens: Tokens | Plan,
-    position_bias: jax.Array | None,
-    time_bias: jax.Array | None,
-) -> Plan:
-    """The plan of the call, made here if the caller passed bare tokens; ValueError if anything does not fit."""
+    options: dict[str, Any],
+    implementation: Implementation,
+) -> jax.Array:
+    """Checks the arguments and calls the first backend that can serve; a name insists on one."""
     if q.ndim != 4 or q.shape != k.shape or v.ndim != 4 or v.shape[:3] != q.shape[:3]:
         raise ValueError(f"expected q and k [B, T, H, Dqk] and v [B, T, H, Dv], got {q.shape}, {k.shape}, {v.shape}")
+    position_bias, time_bias = options["position_bias"], options["time_bias"]
     if position_bias is not None and (position_bias.ndim != 1 or position_bias.shape[0] % 2 == 0):
         raise ValueError(f"position_bias must have an odd length 2n - 1, got shape {position_bias.shape}")
     if time_bias is not None and (time_bias.ndim != 1 or time_bias.shape[0] == 0):
         raise ValueError(f"time_bias must be a non-empty vector, got shape {time_bias.shape}")
     positions = 0 if position_bias is None else (position_bias.shape[0] + 1) // 2
     buckets = 0 if time_bias is None else time_bias.shape[0]
-    pairs = tokens if isinstance(tokens, Plan) else plan(tokens, positions=positions, buckets=buckets)
-    if (pairs.positions, pairs.buckets) != (positions, buckets):
+    names = tokens.backends if isinstance(tokens, Plan) and implementation is None else _names(implementation)
+    given = tokens if isinstance(tokens, Plan) else plan(tokens, positions=positions, buckets=buckets, implementation=names)
+    if (given.positions, given.buckets) != (positions, buckets):
         raise ValueError(
-            f"the plan is for tables of n={pairs.positions} positions and {pairs.buckets} buckets, "
+            f"the plan is for tables of n={given.positions} positions and {given.buckets} buckets, "
             f"the call has n={positions} and {buckets}"
         )
-    if pairs.tokens.segment.shape != q.shape[:2]:
-        raise ValueError(f"tokens are {pairs.tokens.segment.shape}, q is {q.shape}")
-    return pairs
+    if given.tokens.segment.shape != q.shape[:2]:
+        raise ValueError(f"tokens are {given.tokens.segment.shape}, q is {q.shape}")
+    if v.size == 0:
+        return jax.numpy.zeros_like(v)
+    return _first_that_can(operation, names, (q, k, v), given, options)
 
 
-def _dispatch(
-    operation: str, implementation: Implementation, arguments: tuple[Any, ...], options: dict[str, Any]
+def _first_that_can(
+    operation: str, names: tuple[str, ...], qkv: tuple[jax.Array, ...], given: Plan, options: dict[str, Any]
 ) -> jax.Array:
-    """Calls the first backend that can serve; a name insists on one, a sequence falls through."""
-    names = _DEFAULT if implementation is None else implementation
-    names = (names,) if isinstance(names, str) else tuple(names)
-    unknown = [name for name in names if name not in BACKENDS]
-    if unknown or not names:
-        raise ValueError(f"unknown implementation {unknown or names}; choose from {sorted(BACKENDS)}")
     reasons = []
     for name in names:
+        backend = _backend(name)
+        if not hasattr(backend, operation):
+            reasons.append(f"{name}: has no {operation} attention")
+            continue
+        if name not in given.prepared:
+            extra = {name: backend.prepare(given.tokens, given.positions, given.buckets)}
+            given = dataclasses.replace(given, prepared=given.prepared | extra)
         try:
-            return BACKENDS[name][operation](*arguments, **options)
+            return getattr(backend, operation)(*qkv, given, **options)
         except NotImplementedError as reason:
             reasons.append(f"{name}: {reason}")
     raise NotImplementedError(f"no backend can serve this {operation} attention: " + "; ".join(reasons))

@@ -8,6 +8,10 @@ from kernels_pallas.hstu_attention.plan import Plan
 from kernels_pallas.hstu_attention.tokens import Tokens, visible
 
 
+def prepare(tokens: Tokens, positions: int, buckets: int) -> None:
+    """Nothing is shared between layers: every call states the whole definition."""
+
+
 def relative_bias(
     tokens: Tokens, position_bias: jax.Array | None, time_bias: jax.Array | None, dtype: jnp.dtype
 ) -> jax.Array:
@@ -15,7 +19,8 @@ def relative_bias(
     bias = jnp.zeros((*tokens.segment.shape, tokens.segment.shape[-1]), dtype)
     if position_bias is not None:
         reach = (position_bias.shape[0] - 1) // 2  # n - 1
-        distance = tokens.order[:, None, :] - tokens.order[:, :, None]
+        position = tokens.order if tokens.position is None else tokens.position
+        distance = position[:, None, :] - position[:, :, None]
         bias += position_bias.astype(dtype)[jnp.clip(distance, -reach, reach) + reach]
     if time_bias is not None:
         bucket = time_bucket(tokens.query_time[:, :, None], tokens.key_time[:, None, :])

@@ -10,11 +10,24 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.hstu_attention.plan import BLOCK, Plan, joint_table, row_blocks
+from kernels_pallas.hstu_attention.codes import BLOCK, joint_table, pair_codes, row_blocks
+from kernels_pallas.hstu_attention.plan import Plan
+from kernels_pallas.hstu_attention.tokens import Tokens
 
 # Scores of one block and chunk, all heads together, in elements: 1 MiB in float32.
 _TILE_ELEMENTS = 2**18
 _HIDDEN = -1e30  # score of a masked pair: SiLU and its slope are exactly 0 there, and so is exp after a row maximum
+
+
+def prepare(tokens: Tokens, positions: int, buckets: int) -> tuple[jax.Array, ...]:
+    """Codes [B, rows, keys] of each block of query rows against its keys: the causal prefix, or all of them where a
+    context prefix looks ahead."""
+    length = tokens.segment.shape[1]
+    ahead = tokens.high is not None
+    return tuple(
+        pair_codes(tokens, rows, slice(0, length if ahead else rows.stop), positions, buckets)
+        for rows in row_blocks(length)
+    )
 
 
 class Rule(NamedTuple):
@@ -104,7 +117,7 @@ def _forward_chunk(rule: Rule, table: jax.Array, inputs: _Inputs) -> jax.Array:
     k_t, v_t = (_features_first(_clean(x, real)) for x in (inputs.k, inputs.v))
     out = []
     for rows, code in zip(row_blocks(q.shape[2]), codes):
-        columns = slice(0, rows.stop)
+        columns = slice(0, code.shape[-1])
         scores = _block_scores(rule, q[:, :, rows], k_t[..., columns], table, code)
         out.append(jnp.einsum("bhdj,bhij->bhdi", v_t[..., columns], _weigh(rule, scores)))
     result = _tokens_first(jnp.concatenate(out, axis=3))
@@ -121,7 +134,7 @@ def _backward_chunk(
     q, g = jnp.swapaxes(q_t, 2, 3), jnp.swapaxes(g_t, 2, 3)
     d_q, d_k, d_v = [], jnp.zeros_like(k_t), jnp.zeros_like(v_t)
     for rows, code in zip(row_blocks(q.shape[2]), codes):
-        columns = slice(0, rows.stop)
+        columns = slice(0, code.shape[-1])
         scores = _block_scores(rule, q[:, :, rows], k_t[..., columns], table, code)
         upstream = g[:, :, rows] @ v_t[..., columns]
         weights, d_scores = _pull(rule, scores, upstream)
@@ -195,10 +208,9 @@ def _run(
     position_bias: jax.Array | None,
     time_bias: jax.Array | None,
 ) -> jax.Array:
-    if v.size == 0:
-        return jnp.zeros_like(v)
-    table = joint_table(position_bias, time_bias, _HIDDEN, jnp.promote_types(q.dtype, jnp.float32))
-    return _attend(rule, q, k, v, table, plan.tokens.segment != 0, plan.codes)
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    table = joint_table(plan.tokens, position_bias, time_bias, _HIDDEN, dtype)
+    return _attend(rule, q, k, v, table, plan.tokens.segment != 0, plan.prepared["xla"])
 
 
 def hstu(

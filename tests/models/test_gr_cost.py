@@ -128,7 +128,7 @@ def test_flops_agree_with_xla(name, monkeypatch):
     Layers are unrolled here, the reference has no kernel that XLA could not look into, and the loss, by the products of
     its definition, is one chunk of a loop whose body XLA counts once.
     """
-    monkeypatch.setattr(api, "_DEFAULT", ("reference",))
+    monkeypatch.setattr(api, "_names", lambda implementation: ("reference",))
     monkeypatch.setattr(retrieval_loss, "_DENSE_ITEMS_PER_NEGATIVE", 0)
     shape, width = Shape(history=24, candidates=16), 256
     sizes = {"width": width, "heads": 1, "expert_width": width, "negatives": 1024}
