@@ -9,6 +9,7 @@ import jax
 
 from kernels_pallas.hstu_attention.plan import Plan
 from kernels_pallas.hstu_attention.tokens import Tokens, jagged_tokens, padded_tokens
+from kernels_pallas.hstu_attention.varying import varying_like
 
 # A backend is a module with `prepare(tokens, positions, buckets)`, run once per plan, and the operations `hstu` and
 # `softmax`; an operation raises NotImplementedError, with the reason, for a call it cannot serve.
@@ -137,9 +138,7 @@ def softmax_attention(
     return _call("softmax", q, k, v, tokens, options, implementation)
 
 
-def plan(
-    tokens: Tokens, *, positions: int = 0, buckets: int = 0, implementation: Implementation = None
-) -> Plan:
+def plan(tokens: Tokens, *, positions: int = 0, buckets: int = 0, implementation: Implementation = None) -> Plan:
     """Prepares the pairs of a batch once for all layers of a step.
 
     Args:
@@ -197,7 +196,9 @@ def _call(
     positions = 0 if position_bias is None else (position_bias.shape[0] + 1) // 2
     buckets = 0 if time_bias is None else time_bias.shape[0]
     names = tokens.backends if isinstance(tokens, Plan) and implementation is None else _names(implementation)
-    given = tokens if isinstance(tokens, Plan) else plan(tokens, positions=positions, buckets=buckets, implementation=names)
+    given = (
+        tokens if isinstance(tokens, Plan) else plan(tokens, positions=positions, buckets=buckets, implementation=names)
+    )
     if (given.positions, given.buckets) != (positions, buckets):
         raise ValueError(
             f"the plan is for tables of n={given.positions} positions and {given.buckets} buckets, "
@@ -207,7 +208,9 @@ def _call(
         raise ValueError(f"tokens are {given.tokens.segment.shape}, q is {q.shape}")
     if v.size == 0:
         return jax.numpy.zeros_like(v)
-    return _first_that_can(operation, names, (q, k, v), given, options)
+    shared = {"position_bias": position_bias, "time_bias": time_bias}
+    shared = {name: x if x is None else varying_like(x, q, given.tokens.segment) for name, x in shared.items()}
+    return _first_that_can(operation, names, (q, k, v), given, options | shared)
 
 
 def _first_that_can(
