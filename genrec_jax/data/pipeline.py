@@ -11,10 +11,8 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import grain
 import jax
 import numpy as np
-from absl import flags
 
 from genrec_jax.batch import Batch, Shape
 from genrec_jax.config import DataConfig
@@ -162,8 +160,12 @@ def _feistel(value: np.ndarray, half: int, key: np.ndarray) -> np.ndarray:
     return (left << half) | right
 
 
-def _prefetched(make: _ChunkAt, start: int, workers: int) -> grain.IterDataset:
-    """Chunks from number ``start`` on, made ahead of time by threads, or by ``workers`` processes."""
+def _prefetched(make: _ChunkAt, start: int, workers: int) -> Any:
+    """Grain's iterable of chunks from number ``start`` on, made ahead by threads, or by ``workers`` processes."""
+    # Imported here: only a stream that delivers batches needs them, and a model's cost or step needs no stream.
+    import grain
+    from absl import flags
+
     chunks = grain.MapDataset.range(start, _ENDLESS).map(make)
     ahead = chunks.to_iter_dataset(grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_AHEAD))
     if not workers:

@@ -1,0 +1,1 @@
+"""Benchmarks that run on a machine of their own; each is one command."""

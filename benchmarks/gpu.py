@@ -1,0 +1,109 @@
+"""Checks and times the attention kernels on a GPU, and a training step: ``python3 benchmarks/gpu.py --out gpu.json``.
+
+One process orders the jobs, keeps the time and writes the JSON file after each; another, replaced when it is lost,
+runs them. docs/benchmarks/gpu.md says how to read the result.
+"""
+
+import argparse
+import pathlib
+import subprocess
+import sys
+import time
+from typing import Any
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from benchmarks import gpu_report
+from benchmarks.gpu_cases import Job, queue
+from benchmarks.gpu_worker import Worker
+
+_RESERVE = 5.0  # seconds kept for the report
+_LEAST = 3.0  # no job is started with less time left
+
+
+class Run:
+    """The records so far, and the clock."""
+
+    def __init__(self, out: pathlib.Path, minutes: float, header: dict[str, Any]):
+        self.out, self.header = out, header
+        self.start = time.monotonic()
+        self.end = self.start + 60 * minutes - _RESERVE
+        self.worker = Worker()
+        self.records: list[dict[str, Any]] = []
+        self.machine: gpu_report.Machine | None = None
+
+    def do(self, job: Job) -> dict[str, Any]:
+        """Runs a job, or notes that there is no time for it; writes the file either way."""
+        left = self.end - time.monotonic()
+        if left < _LEAST:
+            record = {"status": "out of time", "note": "not started"}
+        else:
+            record = self.worker.run(job, min(job.seconds, left))
+            if record["status"] == "stopped" and left < job.seconds:
+                record |= {"status": "out of time", "note": f"stopped after {left:.0f} s"}
+        record = gpu_report.complete(job, record, self.machine)
+        self.records.append(record)
+        self.write()
+        if record["status"] != "out of time":
+            print(f"[{time.monotonic() - self.start:4.0f} s] {job.section:<9} {gpu_report.line(record)}", flush=True)
+        return record
+
+    def write(self) -> None:
+        gpu_report.write(self.out, self.header | {"seconds": round(time.monotonic() - self.start, 1)}, self.records)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0 when every job that was started passed or was refused with a reason; 1 when one failed; 2 without a GPU."""
+    options = _parser().parse_args(arguments)
+    header = {"driver": _driver(), "quick": options.quick, "minutes": options.minutes, "only": options.only}
+    run = Run(options.out, options.minutes, header)
+    try:
+        code = _run_all(run, options)
+    finally:
+        run.worker.close()
+    print(gpu_report.text(run.header, run.records))
+    print(f"\n{time.monotonic() - run.start:.0f} s; {options.out}")
+    return code
+
+
+def _run_all(run: Run, options: argparse.Namespace) -> int:
+    ceilings = run.do(Job("ceilings", "matmul, copy", quick=options.quick))
+    if ceilings["status"] == "ok":
+        run.machine = gpu_report.machine_of(ceilings)
+        run.header["machine"] = (
+            f"{ceilings['device']}, jax {ceilings['jax']}: matmul {ceilings['matmul_tflops']:.4g} TFLOP/s, copy "
+            f"{ceilings['copy_tb_s']:.3g} TB/s, dispatch {ceilings['dispatch_us']:.0f} us"
+        )
+    elif ceilings["status"] == "unsupported":
+        print(ceilings["note"], file=sys.stderr)
+        return 2
+    from kernels_pallas.hstu_attention.api import BACKENDS
+
+    probes = [run.do(Job("probe", "can it run here", name)) for name in BACKENDS]
+    usable = [probe["implementation"] for probe in probes if probe["status"] == "ok"]
+    for job in queue(usable, options.quick, options.only):
+        run.do(job)
+    failed = [r for r in run.records if r["status"] in ("failed", "stopped") or not r.get("passed", True)]
+    return 1 if failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Checks and times the attention kernels and a training step on a GPU.")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("gpu.json"), help="written after every case")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time budget of the whole run (default: 9)")
+    parser.add_argument("--only", choices=("tests", "attention", "train"), help="one part alone")
+    parser.add_argument("--quick", action="store_true", help="a few tiny cases, on any machine")
+    return parser
+
+
+def _driver() -> str:
+    """Name and driver of the first GPU as the vendor's tool gives them; empty without one."""
+    command = ["nvidia-smi", "--query-gpu=name,driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split("\n")[0]
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
