@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -49,11 +49,18 @@ def _overhead(data: Path | None) -> list[str]:
     ]
 
 
-_BENCHMARKS: dict[str, Callable[[Path | None], list[str]]] = {
+def _attention(data: Path | None) -> Iterator[str]:
+    from experiments.bench.attention import Found, run
+
+    return run(Found())
+
+
+_BENCHMARKS: dict[str, Callable[[Path | None], Iterable[str]]] = {
     "retrieval": _retrieval,
     "import": _import,
     "pipeline": _pipeline,
     "overhead": _overhead,
+    "attention": _attention,
 }
 
 

@@ -43,10 +43,10 @@ TRIAL = override(
 )
 
 
-def make_batch(key: jax.Array) -> Batch:
+def make_batch(key: jax.Array, rows: int = ROWS, length: int = LENGTH) -> Batch:
     """Random items in full rows, and times whose gaps spread from seconds to months."""
     items_key, gaps_key = jax.random.split(key)
-    item = jax.random.randint(items_key, (ROWS, LENGTH + 1), 1, ITEMS + 1)
+    item = jax.random.randint(items_key, (rows, length + 1), 1, ITEMS + 1)
     seconds = jnp.exp(3 * jax.random.normal(gaps_key, item.shape) + 4).clip(max=1e6).astype(jnp.int32).cumsum(axis=1)
     ones, labels = jnp.ones_like(item), jnp.zeros((*item.shape, 0), jnp.uint8)
     place = ones.cumsum(axis=1) - 1
@@ -54,7 +54,7 @@ def make_batch(key: jax.Array) -> Batch:
     seen, real = seconds[:, past], ones[:, past]
     history = History(item[:, past], seen, labels[:, past], real, real > 0, place[:, past], {})
     candidates = Candidates(item[:, last], seconds[:, last], labels[:, last], ones[:, last], place[:, last], {})
-    return Batch(jnp.arange(ROWS)[:, None], Context({}), history, candidates)
+    return Batch(jnp.arange(rows)[:, None], Context({}), history, candidates)
 
 
 class LabStep:

@@ -38,20 +38,35 @@ def thresholds() -> np.ndarray:
     return np.array(found, np.uint32)
 
 
+REACHABLE = bucket_formula(_LARGEST) + 1  # buckets 0..73; no two int32 times reach a later one
+_CELL_SHIFT = 20  # a cell is what a float32's exponent and the three leading bits of its fraction tell of a distance
+_FIRST_CELL = 127 << (23 - _CELL_SHIFT)  # of 1.0
+
+
+@functools.cache
+def cells() -> tuple[np.ndarray, np.ndarray]:
+    """For each cell of distances: the bucket of its smallest one (int32), and that bucket's largest distance (uint32).
+
+    A cell ends at most 1/8 above its beginning and a bucket 35 % above it, so that a cell meets at most one threshold.
+    """
+    exponent, eighth = np.divmod(np.arange(32 * 8 + 1), 8)
+    begins = np.ldexp(1 + eighth / 8, exponent)
+    smallest = np.ceil(begins * (1 - 2.0**-24))  # a float32 may round up into its cell by half a unit of its last place
+    bucket = np.searchsorted(thresholds(), smallest, side="right")
+    largest = np.append(thresholds() - 1, np.uint32(_LARGEST))[bucket]
+    return bucket.astype(np.int32), largest
+
+
 def time_bucket(query_time: jax.Array, key_time: jax.Array) -> jax.Array:
     """Bucket (int32, 0..73) of the distance of two int32 times in seconds, elementwise with broadcasting.
 
-    The distance is taken in uint32, where it cannot overflow even between the two ends of int32. A float32 logarithm
-    guesses the bucket to within one, and the thresholds on either side of the guess decide.
+    The distance is taken in uint32, where it cannot overflow even between the two ends of int32. Its cell leaves two
+    neighbouring buckets, and the threshold between them decides.
     """
     later = jnp.maximum(query_time, key_time).astype(jnp.uint32)
     earlier = jnp.minimum(query_time, key_time).astype(jnp.uint32)
     distance = jnp.maximum(later - earlier, 1)
-    last = len(thresholds())
-    guess = (jnp.log(distance.astype(jnp.float32)) * (1 / _WIDTH)).astype(jnp.int32)
-    guess = jnp.clip(guess, 0, last)
-    entries = np.concatenate([[0], thresholds(), [_LARGEST]]).astype(np.uint32)  # bucket b begins at entries[b]
-    begins = jnp.asarray(entries)
-    too_high = distance < begins.at[guess].get(mode="promise_in_bounds")
-    too_low = distance >= begins.at[guess + 1].get(mode="promise_in_bounds")
-    return jnp.minimum(guess - too_high + too_low, last)
+    bits = jax.lax.bitcast_convert_type(distance.astype(jnp.float32), jnp.int32)
+    cell = (bits >> _CELL_SHIFT) - _FIRST_CELL
+    bucket, largest = (jnp.asarray(x).at[cell].get(mode="promise_in_bounds") for x in cells())
+    return bucket + (distance > largest)

@@ -1,12 +1,13 @@
 """One small integer per pair of tokens that holds its mask and its entry in both bias tables."""
 
 import itertools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.hstu_attention.buckets import time_bucket
-from kernels_pallas.hstu_attention.tokens import Tokens, visible
+from kernels_pallas.hstu_attention.buckets import REACHABLE, time_bucket
+from kernels_pallas.hstu_attention.tokens import Keys, Queries, Tokens, attributes, sees
 
 BLOCK = 64  # query rows per block
 
@@ -18,34 +19,67 @@ def row_blocks(length: int, block: int = BLOCK) -> list[slice]:
     return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
 
 
-def distances(tokens: Tokens, positions: int) -> int:
-    """Entries of a position table [2n - 1] that visible pairs can reach: a causal query meets no later position."""
-    return positions if tokens.high is None else max(2 * positions - 1, 0)
+class Tables(NamedTuple):
+    """What of the bias tables visible pairs can reach; all static.
+
+    Attributes:
+      positions: n of the position table [2n - 1], 0 without one.
+      later: its n - 1 entries for keys at later positions count too. A causal query meets none.
+      buckets: entries of the time table, 0 without one.
+    """
+
+    positions: int
+    later: bool
+    buckets: int
+
+    @property
+    def behind(self) -> int:
+        """Entries for keys at later positions."""
+        return max(self.positions - 1, 0) if self.later else 0
+
+    @property
+    def hidden(self) -> int:
+        """The code of a pair that the mask hides, which is the number of entries before it."""
+        return max(self.positions + self.behind, 1) * max(self.buckets, 1)
 
 
-def pair_codes(tokens: Tokens, rows: slice, columns: slice, positions: int, buckets: int) -> jax.Array:
-    """Codes [B, rows, columns] in the smallest unsigned type that holds them.
+def tables(tokens: Tokens, positions: int, buckets: int) -> Tables:
+    """The reach of tables of n = ``positions`` and ``buckets`` entries."""
+    return Tables(positions, tokens.high is not None, min(buckets, REACHABLE))
+
+
+def codes(reach: Tables, queries: Queries, keys: Keys, index: jax.Array) -> jax.Array:
+    """Codes (int32) of pairs, elementwise with broadcasting; ``index`` is the keys' place in their row.
 
     A code is ``distance * max(buckets, 1) + bucket``, an index into `joint_table`, the distance counting up from the
     query's own position backwards; pairs that the mask hides hold the last index.
     """
-    seen = visible(tokens, rows, columns)
-    code = jnp.zeros(seen.shape, jnp.int32)
-    if positions:
-        position = tokens.order if tokens.position is None else tokens.position
-        back = position[:, rows, None] - position[:, None, columns]
-        behind = distances(tokens, positions) - positions  # entries for keys at later positions
-        code += jnp.clip(back + behind, 0, positions - 1 + behind)
-    if buckets:
-        bucket = time_bucket(tokens.query_time[:, rows, None], tokens.key_time[:, None, columns])
-        code = code * buckets + jnp.minimum(bucket, buckets - 1)
-    hidden = max(distances(tokens, positions), 1) * max(buckets, 1)
-    kind = jnp.uint8 if hidden < 2**8 else jnp.uint16 if hidden < 2**16 else jnp.uint32
-    return jnp.where(seen, code, hidden).astype(kind)
+    seen = sees(*queries[:4], keys.rank, index)
+    code = jnp.int32(0)
+    if reach.positions:
+        back = queries.position - keys.position
+        code = jnp.clip(back + reach.behind, 0, reach.positions - 1 + reach.behind)
+    if reach.buckets:
+        code = code * reach.buckets + jnp.minimum(time_bucket(queries.time, keys.time), reach.buckets - 1)
+    return jnp.where(seen, code, reach.hidden)
+
+
+def pair_codes(tokens: Tokens, rows: slice, columns: slice, reach: Tables) -> jax.Array:
+    """`codes` [B, rows, columns] in the smallest unsigned type that holds them."""
+    queries, keys = attributes(tokens)
+    index = jnp.arange(tokens.segment.shape[-1], dtype=jnp.int32)
+    found = codes(
+        reach,
+        Queries(*(x[:, rows, None] for x in queries)),
+        Keys(*(x[:, None, columns] for x in keys)),
+        index[columns],
+    )
+    kind = jnp.uint8 if reach.hidden < 2**8 else jnp.uint16 if reach.hidden < 2**16 else jnp.uint32
+    return found.astype(kind)
 
 
 def joint_table(
-    tokens: Tokens, position_bias: jax.Array | None, time_bias: jax.Array | None, hidden: float, dtype: jnp.dtype
+    reach: Tables, position_bias: jax.Array | None, time_bias: jax.Array | None, hidden: float, dtype: jnp.dtype
 ) -> jax.Array:
     """One table [distances * buckets + 1] holding every sum of the two tables; its last entry is ``hidden``.
 
@@ -54,8 +88,8 @@ def joint_table(
     """
     table = jnp.zeros((1, 1), dtype)
     if position_bias is not None:
-        reach = distances(tokens, (position_bias.shape[0] + 1) // 2)
-        table = table + position_bias[:reach][::-1, None].astype(dtype)  # row = position_q - position_k, rising
+        # row = position_q - position_k, rising
+        table = table + position_bias[: reach.positions + reach.behind][::-1, None].astype(dtype)
     if time_bias is not None:
-        table = table + time_bias[None, :].astype(dtype)
+        table = table + time_bias[None, : reach.buckets].astype(dtype)
     return jnp.concatenate([table.reshape(-1), jnp.full(1, hidden, dtype)])

@@ -149,7 +149,7 @@ def jagged_tokens(
         query_time = jnp.where((place + 1 < length) & (place < length - targets), following, key_time)
     fields = _sequence_fields(place, length, targets, window=window, full_len=full_len, context_len=context_len)
     segment = jnp.where(real, b + 1, 0)
-    return Tokens(*(x[None] for x in (segment, fields[0], query_time, key_time, *fields[1:])))
+    return jax.tree.map(lambda x: x[None], Tokens(segment, fields[0], query_time, key_time, *fields[1:]))
 
 
 def padded_tokens(
@@ -181,20 +181,22 @@ def padded_tokens(
 
 def _sequence_fields(
     place: jax.Array, length: jax.Array, targets: jax.Array, *, window: int, full_len: int, context_len: int
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """order, low, high and position of the tokens at ``place`` in sequences of ``length`` tokens.
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None, jax.Array | None]:
+    """order, low, high and position of the tokens at ``place`` in sequences of ``length`` tokens; None where `Tokens`
+    has it by itself, so that a backend knows that no window, or no look ahead, is about.
 
     The context counts as one step and all targets as one step (Meta's HSTU kernels: the same ids, the same distances).
     """
     steps = length - max(context_len - 1, 0) - targets  # the order of the targets
     order = jnp.minimum(jnp.maximum(place - max(context_len - 1, 0), 0), jnp.maximum(steps, 0))
-    low, high = jnp.zeros_like(order), order
+    low = high = position = None
     if window:
         low = order - window
         if full_len:
             low = jnp.where(order >= steps - full_len, 0, low)
     if context_len:
         prefix = place < context_len
-        low, high = jnp.where(prefix, 0, low), jnp.where(prefix, jnp.maximum(steps, order), high)
-    position = jnp.minimum(place, length - targets)
+        low = None if low is None else jnp.where(prefix, 0, low)
+        high = jnp.where(prefix, jnp.maximum(steps, order), order)
+        position = jnp.minimum(place, length - targets)
     return order, low, high, position

@@ -40,16 +40,9 @@ def work_list(queries: Queries, keys: Keys, block_q: int, block_k: int, *, by: s
     W = B · ceil(T / block_q) · ceil(N / block_k) entries; T, N and B must be positive.
     """
     some, full = tile_kinds(queries, keys, block_q, block_k)
+    some = listed_tiles(some, by=by)
     nq, nk = some.shape[1:]
-    # A block with nothing to do is listed once all the same: its output must be written (with zeros).
-    if by == "query":
-        lonely = ~some.any(2)
-        some = some.at[:, :, 0].set(some[:, :, 0] | lonely)
-        order, minor = some, nk
-    else:
-        lonely = ~some.any(1)
-        some = some.at[:, 0, :].set(some[:, 0, :] | lonely)
-        order, minor = some.transpose(0, 2, 1), nq
+    order, minor = (some, nk) if by == "query" else (some.transpose(0, 2, 1), nq)
     flat = order.reshape(-1)
     count = flat.sum(dtype=jnp.int32)
     places = jnp.nonzero(flat, size=flat.shape[0], fill_value=0)[0].astype(jnp.int32)
@@ -64,6 +57,20 @@ def work_list(queries: Queries, keys: Keys, block_q: int, block_k: int, *, by: s
     last = jnp.concatenate([changes, ones]) | (jnp.arange(places.shape[0]) == count - 1)
     query, key = (block, inner) if by == "query" else (inner, block)
     return WorkList(row, query, key, full[row, query, key], first, last, count)
+
+
+def listed_tiles(some: jax.Array, *, by: str) -> jax.Array:
+    """The tiles that `work_list` lists, bool [B, query blocks, key blocks], from those that hold something.
+
+    A block with nothing to do is listed once all the same, since its output must be written (with zeros): query
+    blocks always (their output, or in the backward pass their gradient), key blocks when listing by them.
+    """
+    lonely = ~some.any(2)
+    listed = some.at[:, :, 0].set(some[:, :, 0] | lonely)
+    if by == "key":
+        lonely = ~some.any(1)
+        listed = listed.at[:, 0, :].set(listed[:, 0, :] | lonely)
+    return listed
 
 
 def tile_kinds(queries: Queries, keys: Keys, block_q: int, block_k: int) -> tuple[jax.Array, jax.Array]:

@@ -1,41 +1,40 @@
 """Blocked attention in plain XLA: the fast path on a CPU, and the fallback everywhere else.
 
-Query rows are cut into static blocks; each block meets only its causal prefix, forward and backward. Nothing of size
-T × T is kept for the backward pass: scores are recomputed block by block from q and k.
+Short rows: the tokens are cut into static blocks of queries; each block meets only its causal prefix, forward and
+backward. Scores are recomputed block by block from q and k; of size T × T there is only the plan, small integers shared
+by all layers. Long rows go to `xla_tiles`.
 """
 
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.hstu_attention.codes import BLOCK, joint_table, pair_codes, row_blocks
+from kernels_pallas.hstu_attention import xla_tiles
+from kernels_pallas.hstu_attention.codes import BLOCK, joint_table, pair_codes, row_blocks, tables
 from kernels_pallas.hstu_attention.plan import Plan
 from kernels_pallas.hstu_attention.tokens import Tokens
+from kernels_pallas.hstu_attention.xla_tiles import HIDDEN, Rule, Tiles, silu
 
 # Scores of one block and chunk, all heads together, in elements: 1 MiB in float32.
 _TILE_ELEMENTS = 2**18
-_HIDDEN = -1e30  # score of a masked pair: SiLU and its slope are exactly 0 there, and so is exp after a row maximum
+# Longest row worked on whole. With more tokens tiles are as fast, codes of T²/2 pairs and scores of 64 rows outgrow the
+# caches, and every 64 rows of unrolled program cost a quarter of a second of compilation.
+LONGEST_ROW = 1024
 
 
-def prepare(tokens: Tokens, positions: int, buckets: int) -> tuple[jax.Array, ...]:
+def prepare(tokens: Tokens, positions: int, buckets: int) -> tuple[jax.Array, ...] | Tiles:
     """Codes [B, rows, keys] of each block of query rows against its keys: the causal prefix, or all of them where a
-    context prefix looks ahead."""
+    context prefix looks ahead. For long rows the tiles with work."""
     length = tokens.segment.shape[1]
+    if length > LONGEST_ROW:
+        return xla_tiles.prepare(tokens)
+    reach = tables(tokens, positions, buckets)
     ahead = tokens.high is not None
     return tuple(
-        pair_codes(tokens, rows, slice(0, length if ahead else rows.stop), positions, buckets)
-        for rows in row_blocks(length)
+        pair_codes(tokens, rows, slice(0, length if ahead else rows.stop), reach) for rows in row_blocks(length)
     )
-
-
-class Rule(NamedTuple):
-    """How products become weights; the only place where the two operations differ."""
-
-    kind: Literal["silu", "softmax"]
-    scale: float  # on the products of queries and keys
-    factor: float  # on the output
 
 
 class _Inputs(NamedTuple):
@@ -51,18 +50,18 @@ class _Inputs(NamedTuple):
 def _weigh(rule: Rule, scores: jax.Array) -> jax.Array:
     """Weights [..., rows, keys] from biased, masked scores."""
     if rule.kind == "silu":
-        return 0.5 * scores * (1 + jnp.tanh(0.5 * scores))
+        return silu(scores)[0]
     top = scores.max(-1, keepdims=True)
-    raised = jnp.where(top > 0.5 * _HIDDEN, jnp.exp(scores - top), 0)
+    raised = jnp.where(top > 0.5 * HIDDEN, jnp.exp(scores - top), 0)
     return raised / jnp.maximum(raised.sum(-1, keepdims=True), 1)  # a row that sees itself sums to at least 1
 
 
 def _pull(rule: Rule, scores: jax.Array, upstream: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Weights, and the cotangent of the scores given the weights' cotangent ``upstream``."""
-    weights = _weigh(rule, scores)
     if rule.kind == "silu":
-        sigmoid = 0.5 * (1 + jnp.tanh(0.5 * scores))
-        return weights, upstream * sigmoid * (1 + scores - weights)
+        weights, slope = silu(scores)
+        return weights, upstream * slope
+    weights = _weigh(rule, scores)
     mean = (weights * upstream).sum(-1, keepdims=True)
     return weights, weights * (upstream - mean)
 
@@ -110,6 +109,17 @@ def _block_scores(rule: Rule, q: jax.Array, k_t: jax.Array, table: jax.Array, co
     return rule.scale * (q @ k_t) + bias[:, None]
 
 
+def _mixed(weights: jax.Array, v_t: jax.Array) -> jax.Array:
+    """[b, H, Dv, rows] from weights [b, H, rows, keys] and v_t [b, H, Dv, keys].
+
+    XLA's CPU adds the terms of a product one after the other; in two halves they lose about half as much to rounding.
+    """
+    half = v_t.shape[-1] // 2
+    near, far = slice(half, None), slice(0, half)
+    products = (jnp.einsum("bhdj,bhij->bhdi", v_t[..., x], weights[..., x]) for x in (near, far))
+    return functools.reduce(jnp.add, products)
+
+
 def _forward_chunk(rule: Rule, table: jax.Array, inputs: _Inputs) -> jax.Array:
     """Output [b, T, H, Dv] for a chunk of rows."""
     real, codes = inputs.real, inputs.codes
@@ -119,9 +129,9 @@ def _forward_chunk(rule: Rule, table: jax.Array, inputs: _Inputs) -> jax.Array:
     for rows, code in zip(row_blocks(q.shape[2]), codes):
         columns = slice(0, code.shape[-1])
         scores = _block_scores(rule, q[:, :, rows], k_t[..., columns], table, code)
-        out.append(jnp.einsum("bhdj,bhij->bhdi", v_t[..., columns], _weigh(rule, scores)))
+        out.append(_mixed(_weigh(rule, scores), v_t[..., columns]))
     result = _tokens_first(jnp.concatenate(out, axis=3))
-    return jnp.where(real[:, :, None, None], rule.factor * result, 0).astype(inputs.v.dtype)
+    return jnp.where(real[:, :, None, None], result / rule.divisor, 0).astype(inputs.v.dtype)
 
 
 def _backward_chunk(
@@ -130,7 +140,7 @@ def _backward_chunk(
     """Cotangents of q, k, v for a chunk of rows, and ``d_table`` with the chunk's share added."""
     real, codes = inputs.real, inputs.codes
     q_t, k_t, v_t = (_features_first(_clean(x, real)) for x in (inputs.q, inputs.k, inputs.v))
-    g_t = _features_first(rule.factor * _clean(d_out, real))
+    g_t = _features_first(_clean(d_out, real) / rule.divisor)
     q, g = jnp.swapaxes(q_t, 2, 3), jnp.swapaxes(g_t, 2, 3)
     d_q, d_k, d_v = [], jnp.zeros_like(k_t), jnp.zeros_like(v_t)
     for rows, code in zip(row_blocks(q.shape[2]), codes):
@@ -209,8 +219,12 @@ def _run(
     time_bias: jax.Array | None,
 ) -> jax.Array:
     dtype = jnp.promote_types(q.dtype, jnp.float32)
-    table = joint_table(plan.tokens, position_bias, time_bias, _HIDDEN, dtype)
-    return _attend(rule, q, k, v, table, plan.tokens.segment != 0, plan.prepared["xla"])
+    reach = tables(plan.tokens, plan.positions, plan.buckets)
+    table = joint_table(reach, position_bias, time_bias, HIDDEN, dtype)
+    prepared = plan.prepared["xla"]
+    if isinstance(prepared, Tiles):
+        return xla_tiles.attend(rule, reach, q, k, v, table, prepared)
+    return _attend(rule, q, k, v, table, plan.tokens.segment != 0, prepared)
 
 
 def hstu(
@@ -225,7 +239,7 @@ def hstu(
     time_bias: jax.Array | None,
 ) -> jax.Array:
     """See `api.hstu_attention`."""
-    return _run(Rule("silu", alpha, 1 / divisor), q, k, v, plan, position_bias, time_bias)
+    return _run(Rule("silu", alpha, divisor), q, k, v, plan, position_bias, time_bias)
 
 
 def softmax(
