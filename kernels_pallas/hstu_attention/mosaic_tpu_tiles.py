@@ -1,0 +1,348 @@
+"""What the forward and the backward TPU kernel share: the list of tiles, token attributes, the bias and mask of a tile.
+
+A tile is the square of a query block and a key block. One side lies down the sublanes (the outer loop's: queries in
+the forward, keys in the backward kernel), the other along the lanes.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels_pallas.hstu_attention.buckets import time_bucket
+from kernels_pallas.hstu_attention.tokens import Keys, Queries, Tokens, attributes, sees
+from kernels_pallas.hstu_attention.worklist import listed_tiles, tile_kinds, work_list
+
+LANES = 128
+SUBLANES = 8
+VMEM_LIMIT = 60 * 2**20  # v5p and 7x have 64 MiB per core, v5e and v6e 128
+VMEM_BUDGET = 50 * 2**20  # for what the kernels declare; the rest is the compiler's
+QUERY_FIELDS, KEY_FIELDS = 6, 4  # attributes of a query and of a key
+HIDDEN = -1e30  # what a tile holds for a pair that is not visible
+_FIELDS = 8  # token attributes per side, filled up to a register's sublanes
+
+# Flags of a tile.
+FULL, FIRST, LAST, DIRTY, IRREGULAR, OPENS, CLOSES, FEW = (1 << bit for bit in range(8))
+_LOWEST = 8  # bits from here on: the lowest time bucket
+FEW_BUCKETS = 5  # a tile with this many time buckets or less gets them by comparing with each threshold
+
+
+class Call(NamedTuple):
+    """What is static about one attention.
+
+    Attributes:
+      block: tokens per block.
+      blocks: blocks per row.
+      group: heads per step.
+      dqk, dv: of one head.
+      itemsize: bytes of an element of q.
+      alpha, divisor: see `api.hstu_attention`.
+      positions: n of the position table, 0 for none.
+      buckets: length of the time table, 0 for none.
+    """
+
+    block: int
+    blocks: int
+    group: int
+    dqk: int
+    dv: int
+    itemsize: int
+    alpha: float
+    divisor: float
+    positions: int
+    buckets: int
+
+    @property
+    def biased(self) -> bool:
+        return bool(self.positions or self.buckets)
+
+
+class TileList(NamedTuple):
+    """A work list as the kernels read it from scalar memory, int32 [W].
+
+    Attributes:
+      row: row of the batch.
+      blocks: query block · 2¹⁶ + key block.
+      flags: FULL (all pairs visible), FIRST and LAST (of the outer block), DIRTY (padding among its tokens), IRREGULAR
+        (positions do not follow the index), OPENS and CLOSES (first and last of the inner block), FEW (time buckets,
+        if full); the lowest bucket times 2⁸.
+      closing: the inner block that closes next.
+      steps: int32 scalar, tiles to work on.
+    """
+
+    row: jax.Array
+    blocks: jax.Array
+    flags: jax.Array
+    closing: jax.Array
+    steps: jax.Array
+
+
+class Prepared(NamedTuple):
+    """What `prepare` derives from tokens: attributes int32 [B, 8, T filled up to blocks] and two lists of tiles."""
+
+    queries: jax.Array
+    keys: jax.Array
+    by_query: TileList
+    by_key: TileList
+
+
+def block_size(length: int) -> int:
+    """Tokens of a query or key block for rows of ``length`` tokens: a power of two, at least 128."""
+    return min(512, LANES << max(0, (length - 1) // LANES).bit_length())
+
+
+def prepare(tokens: Tokens, positions: int, buckets: int) -> Prepared:
+    """The attributes and both lists of tiles."""
+    length = tokens.segment.shape[1]
+    block = block_size(length)
+    queries, keys = attributes(tokens)
+    index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), keys.rank.shape)
+    dirty = _blocks(tokens.segment == 0, block, True).any(-1)
+    flags = DIRTY * (dirty[:, :, None] | dirty[:, None, :])
+    if positions:
+        flags += IRREGULAR * ~_regular(tokens, block)
+    if buckets:
+        lowest, few = _bucket_range(queries, keys, block)
+        flags += FEW * few + (lowest << _LOWEST)
+    return Prepared(
+        _stack(queries, [0, 0, 0, -1, 0, 0], block),
+        _stack((*keys, index), [-1, 0, 0, -2], block),
+        _tile_list(queries, keys, flags, block, "query"),
+        _tile_list(queries, keys, flags, block, "key"),
+    )
+
+
+def _blocks(x: jax.Array, block: int, fill: Any) -> jax.Array:
+    """[B, T] -> [B, blocks, block], the last block filled up."""
+    short = -x.shape[1] % block
+    return jnp.pad(x, ((0, 0), (0, short)), constant_values=fill).reshape(x.shape[0], -1, block)
+
+
+def _stack(fields: Any, fill: list[int], block: int) -> jax.Array:
+    """Attributes [B, T] each -> [B, 8, T filled up to whole blocks with what sees nothing and is seen by nothing]."""
+    short = -fields[0].shape[1] % block
+    padded = [jnp.pad(x, ((0, 0), (0, short)), constant_values=value) for x, value in zip(fields, fill)]
+    stacked = jnp.stack(padded, axis=1)
+    return jnp.pad(stacked, ((0, 0), (0, _FIELDS - len(padded)), (0, 0)))
+
+
+def _regular(tokens: Tokens, block: int) -> jax.Array:
+    """Tiles whose visible pairs are as many positions apart as they are tokens apart, bool [B, blocks, blocks].
+
+    True where, between the first and the last token of the two blocks, positions rise by one inside each segment and
+    no segment resumes.
+    """
+    segment = tokens.segment
+    position = tokens.order if tokens.position is None else tokens.position
+    anchor = jnp.arange(segment.shape[1], dtype=jnp.int32) - position
+    before = jnp.pad(segment, ((0, 0), (1, 0)))[:, :-1]
+    anchor_before = jnp.pad(anchor, ((0, 0), (1, 0)))[:, :-1]
+    follows = segment == before
+    resumes = ~follows & (segment <= jax.lax.cummax(before, axis=1))
+    breaks = (segment > 0) & jnp.where(follows, anchor != anchor_before, resumes)
+    count = _blocks(jnp.cumsum(breaks, axis=1, dtype=jnp.int32), block, 0)
+    begin, end = count[:, :, 0], count.max(-1)
+    number = jnp.arange(begin.shape[1])
+    earlier = jnp.minimum(number[:, None], number[None])
+    later = jnp.maximum(number[:, None], number[None])
+    return begin[:, earlier] == end[:, later]
+
+
+def _bucket_range(queries: Queries, keys: Keys, block: int) -> tuple[jax.Array, jax.Array]:
+    """For full tiles, the lowest time bucket of their pairs, and whether there are few; [B, blocks, blocks] each."""
+    first_query, last_query = (_blocks(queries.time, block, 0).min(-1), _blocks(queries.time, block, 0).max(-1))
+    first_key, last_key = (_blocks(keys.time, block, 0).min(-1), _blocks(keys.time, block, 0).max(-1))
+    apart = jnp.maximum(first_query[:, :, None], first_key[:, None]) - jnp.minimum(
+        last_query[:, :, None], last_key[:, None]
+    )
+    lowest = time_bucket(jnp.maximum(apart, 0), jnp.int32(0))
+    ahead, behind = (
+        time_bucket(a[:, :, None], b[:, None]) for a, b in ((last_query, first_key), (first_query, last_key))
+    )
+    return lowest, jnp.maximum(ahead, behind) - lowest < FEW_BUCKETS
+
+
+def _tile_list(queries: Queries, keys: Keys, flags: jax.Array, block: int, by: str) -> TileList:
+    work = work_list(queries, keys, block, block, by=by)
+    listed = listed_tiles(tile_kinds(queries, keys, block, block)[0], by=by)
+    if by == "key":
+        inner, outer, axis = work.query, work.key, 2
+    else:
+        inner, outer, axis = work.key, work.query, 1
+    last = listed.shape[axis] - 1
+    opens = jnp.argmax(listed, axis)[work.row, inner] == outer
+    closes = last - jnp.argmax(jnp.flip(listed, axis), axis)[work.row, inner] == outer
+    place = jnp.arange(len(inner))
+    real = place < work.count
+    closing = jax.lax.cummin(jnp.where(closes & real, place, len(inner) - 1), reverse=True)
+    bits = flags[work.row, work.query, work.key]
+    for flag, holds in ((FULL, work.full), (FIRST, work.first), (LAST, work.last), (OPENS, opens), (CLOSES, closes)):
+        bits += flag * holds
+    return TileList(work.row, work.query << 16 | work.key, bits, inner[closing], work.count)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """The pairs of one tile inside a kernel.
+
+    Attributes:
+      columns: VMEM [fields, block, 128], the outer side's attributes, the same in every lane.
+      rows: VMEM [8, block], the inner side's attributes.
+      by_key: the outer side is the keys.
+    """
+
+    columns: Any
+    rows: Any
+    by_key: bool
+
+    def subtile(self, down: Any, across: Any) -> tuple[Queries, Keys, jax.Array]:
+        """Attributes of queries and keys, and the keys' index, of a square of 128 × 128 pairs."""
+        outer = [self.columns[field, down] for field in range(self.columns.shape[0])]
+        inner = [self.rows[field : field + 1, across] for field in range(_FIELDS)]
+        queries, keys = (inner, outer) if self.by_key else (outer, inner)
+        return Queries(*queries[:6]), Keys(*keys[:3]), keys[3]
+
+
+def keep_columns(columns: Any, rows: Any) -> None:
+    """Turns the attributes [8, block] of the outer block into columns [fields, block, 128]."""
+    turned = rows[...].T
+    for field in range(columns.shape[0]):
+        columns[field] = jnp.broadcast_to(turned[:, field : field + 1], columns.shape[1:])
+
+
+def seen(queries: Queries, keys: Keys, index: jax.Array) -> jax.Array:
+    return sees(queries.low, queries.high, queries.until, queries.self, keys.rank, index)
+
+
+def real(fields: Any, *, by_key: bool) -> jax.Array:
+    """Which tokens of a block are no padding, bool [block, 1], from its attributes [8, block]."""
+    field = Keys._fields.index("rank") if by_key else Queries._fields.index("self")
+    return fields[...].T[:, field : field + 1] >= 0
+
+
+def clean(x: jax.Array, real: jax.Array) -> jax.Array:
+    """[block, D] with the rows of padding zeroed."""
+    return jnp.where(real, x, jnp.zeros_like(x))
+
+
+def dot(x: jax.Array, y: jax.Array, axes: tuple[int, int]) -> jax.Array:
+    """Product of two matrices over one axis of each, in float32."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    contract = (((axes[0],), (axes[1],)), ((), ()))
+    return jax.lax.dot_general(x, y, contract, precision=precision, preferred_element_type=jnp.float32)
+
+
+class Kind:
+    """The flags of a tile inside a kernel, as scalar conditions."""
+
+    def __init__(self, flags: jax.Array) -> None:
+        bits = (flags & bit != 0 for bit in (FULL, FIRST, LAST, DIRTY, IRREGULAR, OPENS, CLOSES, FEW))
+        self.full, self.first, self.last, self.dirty, self.irregular, self.opens, self.closes, self.few = bits
+        self.lowest = flags >> _LOWEST
+
+
+def each_kind(call: Call, kind: Kind, fill: Callable[..., None], attend: Callable[..., None]) -> None:
+    """Runs fill(masked, regular, few) and attend(masked, dirty) as the kind of tile needs them."""
+    plain = kind.full & ~kind.irregular
+
+    def whole(few: bool) -> None:
+        if call.biased:
+            fill(masked=False, regular=True, few=few)
+        attend(masked=False, dirty=False)
+
+    if call.buckets:
+        pl.when(plain & kind.few)(lambda: whole(True))
+        pl.when(plain & ~kind.few)(lambda: whole(False))
+    else:
+        pl.when(plain)(lambda: whole(False))
+    pl.when(~plain & ~kind.irregular)(lambda: fill(masked=True, regular=True, few=False))
+    if call.positions:
+        pl.when(kind.irregular)(lambda: fill(masked=True, regular=False, few=False))
+    pl.when(~plain & ~kind.dirty)(lambda: attend(masked=True, dirty=False))
+    pl.when(~plain & kind.dirty)(lambda: attend(masked=True, dirty=True))
+
+
+def tile_bytes(call: Call) -> int:
+    """Tiles of bias and mask, their gradient and buckets, and the attributes of tokens."""
+    return 4 * call.block * (call.block * (4 if call.biased else 1) + QUERY_FIELDS * LANES + 4 * _FIELDS)
+
+
+def compiler_params() -> pltpu.CompilerParams:
+    return pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT)
+
+
+def like(x: jax.Array, shape: tuple[int, ...] | None = None, dtype: Any = None) -> jax.ShapeDtypeStruct:
+    """The type of an output that differs over a mesh as x does."""
+    varying = jax.typeof(x).manual_axis_type
+    return jax.ShapeDtypeStruct(shape or x.shape, dtype or x.dtype, manual_axis_type=varying)
+
+
+class BlockSpecs:
+    """Which block of each array a step takes; index maps take (group, step, row, blocks, flags, closing)."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+
+    def groups(self, v: jax.Array) -> int:
+        return v.shape[2] // (self.call.group * self.call.dv)
+
+    def query(self, width: int) -> pl.BlockSpec:
+        """A query block of heads of ``width`` lanes."""
+        shape = (None, self.call.block, self.call.group * width)
+        return pl.BlockSpec(shape, lambda group, step, row, blocks, *_: (row[step], blocks[step] >> 16, group))
+
+    def key(self, width: int) -> pl.BlockSpec:
+        shape = (None, self.call.block, self.call.group * width)
+        return pl.BlockSpec(shape, lambda group, step, row, blocks, *_: (row[step], blocks[step] & 0xFFFF, group))
+
+    def closing(self, width: int) -> pl.BlockSpec:
+        """The inner block that is finished next."""
+        shape = (None, self.call.block, self.call.group * width)
+        return pl.BlockSpec(shape, lambda group, step, row, blocks, flags, closing: (row[step], closing[step], group))
+
+    def query_fields(self) -> pl.BlockSpec:
+        shape = (None, _FIELDS, self.call.block)
+        return pl.BlockSpec(shape, lambda group, step, row, blocks, *_: (row[step], 0, blocks[step] >> 16))
+
+    def key_fields(self) -> pl.BlockSpec:
+        shape = (None, _FIELDS, self.call.block)
+        return pl.BlockSpec(shape, lambda group, step, row, blocks, *_: (row[step], 0, blocks[step] & 0xFFFF))
+
+    def whole(self, table: jax.Array) -> pl.BlockSpec:
+        """All of a table; vectors go to scalar memory."""
+        if table.ndim == 1:
+            return pl.BlockSpec(memory_space=pltpu.SMEM)
+        return pl.BlockSpec(table.shape, lambda *_: (0,) * table.ndim)
+
+    def per_group(self, shape: tuple[int, ...]) -> pl.BlockSpec:
+        return pl.BlockSpec((None, *shape), lambda group, *_: (group,) + (0,) * len(shape))
+
+
+def fill_tile(tile: Any, pairs: Pairs, bias: Any, *, masked: bool) -> None:
+    """Writes half the bias of each pair, and HIDDEN for the hidden pairs of a ``masked`` tile, into [block, block].
+
+    ``bias`` is a function of (diagonal, queries, keys, visible, place in the tile) to [128, 128], or None.
+    """
+    squares = tile.shape[0] // LANES
+    for diagonal in range(1 - squares, squares):
+        shared = None if bias is None else bias.along(diagonal)
+        for down in range(max(0, -diagonal), min(squares, squares - diagonal)):
+            across = down + diagonal
+            place = pl.ds(down * LANES, LANES), pl.ds(across * LANES, LANES)
+            queries, keys, index = pairs.subtile(*place)
+            visible = seen(queries, keys, index) if masked else None
+            value = jnp.zeros((LANES, LANES), jnp.float32)
+            if bias is not None:
+                value = bias(shared, queries, keys, visible, place)
+            if visible is not None:
+                value = jnp.where(visible, value, HIDDEN)
+            tile[place] = value
+
+
+def is_visible(value: jax.Array) -> jax.Array:
+    """Visibility of pairs from what `fill_tile` wrote."""
+    return value > 0.5 * HIDDEN
