@@ -198,6 +198,17 @@ def compare(trials: Positional[tuple[Path, ...]]) -> None:
     compare_command(trials)
 
 
+def parity(files: Positional[tuple[Path, ...]] = ()) -> None:
+    """Hold the attention kernels against golden vectors; exit code 1 when one is past its tolerance.
+
+    Args:
+        files: Golden files, attention_*.npz.
+    """
+    from experiments.parity import parity_command
+
+    sys.exit(parity_command(files))
+
+
 def bench(name: Positional[str] = "all", *, data: Path | None = None) -> None:
     """Measure speed and memory on this machine (docs/benchmarks says how to read it).
 
@@ -217,6 +228,7 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
     "fit": fit,
     "report": report,
     "compare": compare,
+    "parity": parity,
     "bench": bench,
 }
 

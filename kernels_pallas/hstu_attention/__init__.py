@@ -8,6 +8,7 @@ from kernels_pallas.hstu_attention.api import (
     softmax_attention,
 )
 from kernels_pallas.hstu_attention.buckets import TIME_BUCKETS, time_bucket
+from kernels_pallas.hstu_attention.cached import hstu_attention_cached, split_tokens
 from kernels_pallas.hstu_attention.plan import Plan
 from kernels_pallas.hstu_attention.tokens import Tokens, jagged_tokens, padded_tokens, visible
 
@@ -17,11 +18,13 @@ __all__ = [
     "Plan",
     "Tokens",
     "hstu_attention",
+    "hstu_attention_cached",
     "hstu_attention_padded",
     "jagged_tokens",
     "padded_tokens",
     "plan",
     "softmax_attention",
+    "split_tokens",
     "time_bucket",
     "visible",
 ]

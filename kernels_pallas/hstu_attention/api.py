@@ -16,8 +16,10 @@ from kernels_pallas.hstu_attention.varying import varying_like
 BACKENDS: dict[str, str] = {
     "reference": "kernels_pallas.hstu_attention.reference",
     "xla": "kernels_pallas.hstu_attention.xla",
+    "mosaic_tpu": "kernels_pallas.hstu_attention.mosaic_tpu",
+    "mosaic_gpu": "kernels_pallas.hstu_attention.mosaic_gpu",
 }
-_DEFAULTS = {"tpu": ("xla",), "gpu": ("xla",)}
+_DEFAULTS = {"tpu": ("mosaic_tpu", "xla"), "gpu": ("mosaic_gpu", "xla")}
 
 Implementation = str | Sequence[str] | None
 
