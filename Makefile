@@ -12,6 +12,7 @@ help:
 	@echo "make test        set up, lint, type-check and run the tests"
 	@echo "make lint        ruff and mypy"
 	@echo "make bench       speed and memory of this machine (docs/benchmarks)"
+	@echo "make compile-check  compile the kernels for TPUs and GPUs that are not here (ten minutes; docs/benchmarks)"
 
 # A Python 3.12 from .python-version (pyenv), from python3.12 on the path, or from uv, in that order.
 $(READY): pyproject.toml constraints.txt
@@ -42,4 +43,14 @@ test: lint
 bench: $(READY)
 	$(BIN)/genrec bench
 
-.PHONY: help setup quickstart lint test bench
+# The TPU compiler gets a folder of its own: where jax can import it, every start of jax looks for a TPU.
+$(VENV)/libtpu/.ready: $(READY)
+	@echo "installing the TPU compiler into $(VENV)/libtpu (140 MB)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target $(VENV)/libtpu -c constraints.txt libtpu
+	@touch $@
+
+# ARGS: options of the command, for example ARGS="--only v5e backward".
+compile-check: $(VENV)/libtpu/.ready
+	$(BIN)/python -m benchmarks.tpu_compile $(ARGS)
+
+.PHONY: help setup quickstart lint test bench compile-check
