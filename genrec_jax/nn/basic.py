@@ -10,6 +10,7 @@ from flax import nnx
 
 from genrec_jax.nn.cost import Cost, total
 from kernels_pallas.dense import dense
+from kernels_pallas.gated_norm import keep_mask
 
 Activation = Callable[[jax.Array], jax.Array]
 
@@ -43,15 +44,10 @@ class LayerNorm(nnx.LayerNorm):
 
 
 def dropout(x: jax.Array, rate: float, rngs: nnx.Rngs | None) -> jax.Array:
-    """Inverted dropout when ``rngs`` is given (training), the identity otherwise.
-
-    An entry costs 16 random bits, half of what a uniform float does; the rate is rounded to a multiple of 2^-16.
-    """
+    """Inverted dropout when ``rngs`` is given (training), the identity otherwise."""
     if rngs is None or rate == 0.0:
         return x
-    bits = jax.random.bits(rngs.dropout(), (-(-x.size // 2),), jnp.uint32)
-    halves = jax.lax.bitcast_convert_type(bits, jnp.uint16).reshape(-1)[: x.size].reshape(x.shape)
-    return jnp.where(halves >= round(rate * 2**16), x / (1.0 - rate), 0).astype(x.dtype)
+    return jnp.where(keep_mask(rngs.dropout(), x.shape, rate), x / (1.0 - rate), 0).astype(x.dtype)
 
 
 class MLP(nnx.Module):

@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from genrec_jax.nn.basic import LayerNorm, Linear, dropout
+from genrec_jax.nn.basic import LayerNorm, Linear
 from genrec_jax.nn.cost import Cost, total
 from genrec_jax.nn.position import RelativeBias
+from kernels_pallas.gated_norm import gated_norm
 from kernels_pallas.hstu_attention import Plan, hstu_attention
 
 
@@ -37,7 +38,7 @@ class HSTUBlock(nnx.Module):
         """
         self.heads, self.longest, self.dropout = heads, longest, dropout
         self.values, self.keys = heads * v_width, heads * qk_width
-        self.norm = _norm(width, dtype, rngs)
+        self.norm = LayerNorm(width, use_scale=False, use_bias=False, use_fast_variance=False, dtype=dtype, rngs=rngs)
         self.project = Linear(
             width,
             2 * (self.values + self.keys),
@@ -47,7 +48,6 @@ class HSTUBlock(nnx.Module):
             rngs=rngs,
         )
         self.bias = RelativeBias(longest, rngs=rngs)
-        self.norm_attended = _norm(self.values, dtype, rngs)
         xavier = jax.nn.initializers.glorot_uniform()
         self.out = Linear(self.values, width, kernel_init=xavier, dtype=dtype, rngs=rngs)
 
@@ -69,25 +69,19 @@ class HSTUBlock(nnx.Module):
 
     def merge(self, x: jax.Array, gate: jax.Array, attended: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
         """x [..., T, D], U [..., T, H * Dv], A V [..., T, H, Dv] -> the block's output [..., T, D]."""
-        attended = self.norm_attended(attended.reshape(gate.shape))
-        return x + self.out(dropout(attended * gate, self.dropout, rngs))
+        key = rngs.dropout() if rngs is not None and self.dropout else None
+        return x + self.out(gated_norm(attended.reshape(gate.shape), gate, rate=self.dropout, key=key))
 
     def cost(self, tokens: int, pairs: float) -> Cost:
         """Cost over ``tokens`` tokens of which ``pairs`` (query, key) pairs are visible."""
         item = jnp.dtype(self.project.dtype or jnp.float32).itemsize
-        kept = tokens * (4 * (self.values + self.keys) + self.values) * item  # before and after SiLU; LN(A V)
+        kept = tokens * (4 * (self.values + self.keys) + self.values) * item  # before and after SiLU; A V
         return total(
             [
                 self.norm.cost(tokens),
                 self.project.cost(tokens),
                 self.bias.cost(),
                 Cost(flops=2.0 * pairs * (self.keys + self.values), activation_bytes=float(kept)),
-                self.norm_attended.cost(tokens),
                 self.out.cost(tokens),
             ]
         )
-
-
-def _norm(width: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> LayerNorm:
-    # E[x^2] - E[x]^2 loses digits on attention outputs that are small beside their mean.
-    return LayerNorm(width, use_scale=False, use_bias=False, use_fast_variance=False, dtype=dtype, rngs=rngs)

@@ -1,5 +1,8 @@
 """What every backend of HSTU attention must do; one subclass per backend says how to reach it."""
 
+import json
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +12,8 @@ from kernels_pallas.hstu_attention import TIME_BUCKETS, hstu_attention, hstu_att
 from kernels_pallas.hstu_attention.buckets import bucket_formula, thresholds
 from tests.kernels.attention_cases import ALPHA, MAX_LEN, Case, attend, cases, error_ratios, make_inputs, oracle
 
+GOLDEN = pathlib.Path(__file__).resolve().parents[3] / "shared" / "golden"
+RECORDED = ("causal", "targets", "window", "context", "context_window")
 BIASES = pytest.mark.parametrize(("position", "time"), [(False, False), (True, True), (True, False), (False, True)])
 
 
@@ -59,6 +64,36 @@ class HSTUSuite:
         found = error_ratios(self.case(name), dtype, self.implementation, position=position, time=time, **self.shape())
         for ratio, allowed in zip(found, (2, 5, 5, 5, 5, 5)):
             assert ratio <= allowed, (name, found)
+
+    @pytest.mark.parametrize("name", RECORDED)
+    def test_recorded_vectors(self, name):
+        """Outputs and gradients of the public PyTorch reference, in float32."""
+        path = GOLDEN / f"attention_{name}.npz"
+        if not path.exists():
+            pytest.skip(f"{path.name} is absent")
+        data = np.load(path)
+        meta = json.loads(str(data["meta"]))
+        targets = jnp.asarray(data["num_targets"]) if "num_targets" in data.files else None
+
+        def call(q, k, v):
+            return hstu_attention(
+                q,
+                k,
+                v,
+                jnp.asarray(data["seq_offsets"]),
+                max_len=meta["divisor"],
+                alpha=meta["alpha"],
+                num_targets=targets,
+                window=meta.get("max_attn_len", 0),
+                full_len=meta.get("min_full_attn_seq_len", 0),
+                context_len=meta.get("contextual_seq_len", 0),
+                implementation=self.implementation,
+            )
+
+        out, pull = jax.vjp(jax.jit(call), *(jnp.asarray(data[name]) for name in "qkv"))
+        np.testing.assert_allclose(out, data["out"], rtol=0, atol=2e-5)
+        for got, want in zip(pull(jnp.asarray(data["dout"])), ("dq", "dk", "dv")):
+            assert_close(got, data[want], 1e-4)
 
     def test_wide_heads(self):
         """Heads of 64 and 32: several lanes and registers, keys and values of unlike width."""
