@@ -1,7 +1,7 @@
 """Pallas TPU kernels: each array passes the memory once.
 
-XLA's own forward reads the rows once for the mean, once for the variance and once for the result, with the centred
-rows in between: four times the bytes, by its compiler's count (v5e, 16,384 rows of 512 in bfloat16; not measured).
+XLA makes several passes of the same formula: by its compiler's count 209 MiB forward and 337 backward, where these read
+and write 48 and 80 (v5e, 16,384 rows of 512 in bfloat16, no dropout; counted, not timed).
 """
 
 import functools

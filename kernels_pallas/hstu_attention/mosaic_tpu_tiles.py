@@ -28,7 +28,7 @@ _FIELDS = 8  # token attributes per side, filled up to a register's sublanes
 # Flags of a tile.
 FULL, FIRST, LAST, DIRTY, IRREGULAR, OPENS, CLOSES, FEW = (1 << bit for bit in range(8))
 _LOWEST = 8  # bits from here on: the lowest time bucket
-FEW_BUCKETS = 5  # a tile with this many time buckets or less gets them by comparing with each threshold
+FEW_BUCKETS = 6  # a tile with this many time buckets or less gets them by comparing with each threshold
 
 
 class Call(NamedTuple):
