@@ -68,7 +68,6 @@ def hstu_attention(
     """
     if max_len <= 0:
         raise ValueError(f"max_len must be positive, got {max_len}")
-    mask = {"num_targets": num_targets, "window": window, "full_len": full_len, "context_len": context_len}
     options = {"divisor": max_len, "alpha": alpha, "position_bias": position_bias, "time_bias": time_bias}
     if isinstance(offsets, Tokens | Plan):
         if num_targets is not None or timestamps is not None or window or full_len or context_len:
@@ -78,7 +77,15 @@ def hstu_attention(
         raise ValueError(f"packed sequences are [T, H, D] with offsets [B + 1], got {q.shape} and {offsets.shape}")
     if time_bias is not None and timestamps is None:
         raise ValueError("a time_bias needs timestamps")
-    tokens = jagged_tokens(offsets, q.shape[0], timestamps=timestamps, **mask)
+    tokens = jagged_tokens(
+        offsets,
+        q.shape[0],
+        num_targets=num_targets,
+        window=window,
+        full_len=full_len,
+        context_len=context_len,
+        timestamps=timestamps,
+    )
     return _call("hstu", q[None], k[None], v[None], tokens, options, implementation)[0]
 
 
@@ -116,8 +123,17 @@ def hstu_attention_padded(
         context_len=context_len,
         timestamps=timestamps,
     )
-    tables = {"position_bias": position_bias, "time_bias": time_bias}
-    return hstu_attention(q, k, v, tokens, max_len=max_len, alpha=alpha, implementation=implementation, **tables)
+    return hstu_attention(
+        q,
+        k,
+        v,
+        tokens,
+        max_len=max_len,
+        alpha=alpha,
+        position_bias=position_bias,
+        time_bias=time_bias,
+        implementation=implementation,
+    )
 
 
 def softmax_attention(

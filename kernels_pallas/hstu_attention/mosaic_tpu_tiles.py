@@ -177,12 +177,12 @@ def _tile_list(queries: Queries, keys: Keys, flags: jax.Array, block: int, by: s
     opens = jnp.argmax(listed, axis)[work.row, inner] == outer
     closes = last - jnp.argmax(jnp.flip(listed, axis), axis)[work.row, inner] == outer
     place = jnp.arange(len(inner))
-    real = place < work.count
+    real = place < work.size
     closing = jax.lax.cummin(jnp.where(closes & real, place, len(inner) - 1), reverse=True)
     bits = flags[work.row, work.query, work.key]
     for flag, holds in ((FULL, work.full), (FIRST, work.first), (LAST, work.last), (OPENS, opens), (CLOSES, closes)):
         bits += flag * holds
-    return TileList(work.row, work.query << 16 | work.key, bits, inner[closing], work.count)
+    return TileList(work.row, work.query << 16 | work.key, bits, inner[closing], work.size)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -105,7 +105,8 @@ def visible(tokens: Tokens, rows: slice = slice(None), columns: slice = slice(No
     """
     queries, keys = attributes(tokens)
     index = jnp.arange(tokens.segment.shape[-1], dtype=jnp.int32)
-    return sees(*(x[..., rows, None] for x in queries[:4]), keys.rank[..., None, columns], index[columns])
+    low, high, until, itself = (x[..., rows, None] for x in queries[:4])
+    return sees(low, high, until, itself, keys.rank[..., None, columns], index[columns])
 
 
 def jagged_tokens(

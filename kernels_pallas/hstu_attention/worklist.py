@@ -15,14 +15,14 @@ _HIGHEST = jnp.iinfo(jnp.int32).max
 
 
 class WorkList(NamedTuple):
-    """Tiles in the order of work; entries past ``count`` repeat the last one, so that they load nothing new.
+    """Tiles in the order of work; entries past ``size`` repeat the last one, so that they load nothing new.
 
     Attributes:
       row, query, key: int32 [W], the row of the batch and the block indices of a tile.
       full: bool [W], every pair of the tile is visible.
       first, last: bool [W], the tile is the first or last of its row of tiles (`by="query"`: same row and query
         block; `by="key"`: same row and key block).
-      count: int32 scalar, tiles listed. Every query block (key block) of every row has at least one.
+      size: int32 scalar, tiles listed. Every query block (key block) of every row has at least one.
     """
 
     row: jax.Array
@@ -31,7 +31,7 @@ class WorkList(NamedTuple):
     full: jax.Array
     first: jax.Array
     last: jax.Array
-    count: jax.Array
+    size: jax.Array
 
 
 def work_list(queries: Queries, keys: Keys, block_q: int, block_k: int, *, by: str = "query") -> WorkList:

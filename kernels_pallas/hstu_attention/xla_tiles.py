@@ -74,7 +74,7 @@ def prepare(tokens: Tokens) -> Tiles:
 
     first = work.row * -(-length // BLOCK)
     return Tiles(
-        work.count,
+        work.size,
         first + work.query,
         first + work.key,
         Queries(*map(blocks, queries))._replace(self=blocks(queries.self, -1)),

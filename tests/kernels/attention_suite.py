@@ -10,7 +10,17 @@ import pytest
 
 from kernels_pallas.hstu_attention import TIME_BUCKETS, hstu_attention, hstu_attention_padded, jagged_tokens, plan
 from kernels_pallas.hstu_attention.buckets import bucket_formula, thresholds
-from tests.kernels.attention_cases import ALPHA, MAX_LEN, Case, attend, cases, error_ratios, make_inputs, oracle
+from tests.kernels.attention_cases import (
+    ALPHA,
+    MAX_LEN,
+    Case,
+    attend,
+    cases,
+    error_ratios,
+    make_inputs,
+    oracle,
+    relative_error,
+)
 
 GOLDEN = pathlib.Path(__file__).resolve().parents[3] / "shared" / "golden"
 RECORDED = ("causal", "targets", "window", "context", "context_window")
@@ -26,6 +36,20 @@ def assert_close(got, want, tolerance):
 
 def float32(inputs):
     return [jnp.asarray(x, jnp.float32) for x in inputs]
+
+
+class Float64Suite:
+    """For backends that compute in float64 too: the oracle's numbers, to rounding."""
+
+    @pytest.mark.parametrize("name", [case.name for case in cases(64)])
+    def test_float64_is_the_oracle(self, name):
+        case = self.case(name)
+        inputs = make_inputs(case, **self.shape())
+        with jax.enable_x64(True):
+            got = attend(case, inputs, implementation=self.implementation)
+        for g, w in zip(got, oracle(case, inputs), strict=True):
+            assert g.dtype == np.float64
+            assert relative_error(g, np.nan_to_num(w)) <= 1e-13
 
 
 class HSTUSuite:

@@ -3,10 +3,10 @@
 import numpy as np
 
 from tests.kernels.attention_cases import Case, make_inputs, oracle
-from tests.kernels.attention_suite import HSTUSuite
+from tests.kernels.attention_suite import Float64Suite, HSTUSuite
 
 
-class TestReference(HSTUSuite):
+class TestReference(Float64Suite, HSTUSuite):
     implementation = "reference"
 
 

@@ -70,7 +70,7 @@ def test_the_list_is_the_tiles_in_order(case, by):
     queries, keys = attributes(tokens_of(case))
     some, full = (np.asarray(x)[0] for x in tile_kinds(queries, keys, BLOCK_Q, BLOCK_K))
     found = jax.jit(lambda q, k: work_list(q, k, BLOCK_Q, BLOCK_K, by=by))(queries, keys)
-    count = int(found.count)
+    count = int(found.size)
     listed = list(zip(found.query[:count].tolist(), found.key[:count].tolist()))
     assert not np.asarray(found.row).any()
     want = {(q, k) for q, k in zip(*np.nonzero(some))}
@@ -93,7 +93,7 @@ def test_the_list_is_the_tiles_in_order(case, by):
 def test_rows_do_not_mix():
     tokens = padded_tokens(jnp.array([0, 33, 16]), 40)
     found = work_list(*attributes(tokens), 16, 16)
-    count = int(found.count)
+    count = int(found.size)
     listed = list(zip(found.row[:count].tolist(), found.query[:count].tolist(), found.key[:count].tolist()))
     first = [(0, q, 0) for q in range(3)]
     second = [(1, q, k) for q in range(3) for k in range(q + 1)]
