@@ -204,11 +204,12 @@ def plain(case, draws, dtype, *, position=True, time=True):
     return [run(*(jnp.nan_to_num(x) for x in draw)) for draw in draws]
 
 
-def error_ratios(case, dtype, implementation, *, position=True, time=True, **shape):
+def error_ratios(case, dtype, attend, *, position=True, time=True, **shape):
     """Error of a backend over that of the dense formula in the same precision, for each of `oracle`'s arrays.
 
-    Both are measured against float64 on the rounded inputs and in units of the largest entry. The dense formula's is
-    the largest of four draws, and at least one unit in the last place: on few numbers it can be exact by luck.
+    ``attend`` calls the backend, as `attend` does. Errors are measured against float64 on the rounded inputs, in units
+    of the largest entry. The dense formula's is the largest of four draws, and at least one unit in the last place: on
+    few numbers it can be exact by luck.
     """
     options = {"position": position, "time": time}
 
@@ -221,7 +222,7 @@ def error_ratios(case, dtype, implementation, *, position=True, time=True, **sha
     yard = [float(jnp.finfo(dtype).eps)] * len(want[0])
     for got, exact in zip(plain(case, draws, dtype, **options), want):
         yard = [max(error, relative_error(g, w)) for error, g, w in zip(yard, got, exact, strict=True)]
-    got = attend(case, draws[0], implementation=implementation, **options)
+    got = attend(case, draws[0], **options)
     return [relative_error(g, w) / error for error, g, w in zip(yard, got, want[0], strict=True)]
 
 

@@ -46,7 +46,7 @@ class Float64Suite:
         case = self.case(name)
         inputs = make_inputs(case, **self.shape())
         with jax.enable_x64(True):
-            got = attend(case, inputs, implementation=self.implementation)
+            got = self.attend(case, inputs)
         for g, w in zip(got, oracle(case, inputs), strict=True):
             assert g.dtype == np.float64
             assert relative_error(g, np.nan_to_num(w)) <= 1e-13
@@ -64,6 +64,10 @@ class HSTUSuite:
 
     def shape(self):
         return {"heads": self.heads, "dqk": self.dqk, "dv": self.dv}
+
+    def attend(self, case, inputs, **options):
+        """`attention_cases.attend` with the backend; a subclass may reach it in another way."""
+        return attend(case, inputs, implementation=self.implementation, **options)
 
     def case(self, name):
         return next(case for case in cases(self.block) if case.name == name)
@@ -85,7 +89,7 @@ class HSTUSuite:
         """At most twice (outputs) and five times (gradients) the error of the dense formula in the same precision."""
         if dtype not in self.dtypes:
             pytest.skip(f"{self.implementation} does not compute in {jnp.dtype(dtype).name}")
-        found = error_ratios(self.case(name), dtype, self.implementation, position=position, time=time, **self.shape())
+        found = error_ratios(self.case(name), dtype, self.attend, position=position, time=time, **self.shape())
         for ratio, allowed in zip(found, (2, 5, 5, 5, 5, 5)):
             assert ratio <= allowed, (name, found)
 
@@ -121,7 +125,7 @@ class HSTUSuite:
 
     def test_wide_heads(self):
         """Heads of 64 and 32: several lanes and registers, keys and values of unlike width."""
-        found = error_ratios(Case("wide", (self.block + 5, 20)), self.dtypes[0], self.implementation, dqk=64, dv=32)
+        found = error_ratios(Case("wide", (self.block + 5, 20)), self.dtypes[0], self.attend, dqk=64, dv=32)
         assert found[0] <= 2
         assert max(found[1:]) <= 5
 
@@ -166,7 +170,7 @@ class HSTUSuite:
         """Both tables' gradients along random directions against finite differences of the float64 oracle."""
         case = Case("small", (self.block // 2, 9, 4), targets=(3, 2, 4))
         inputs = make_inputs(case, positions=self.block, **self.shape())
-        got = attend(case, float32(inputs), implementation=self.implementation)[4:]
+        got = self.attend(case, float32(inputs))[4:]
         cotangent = inputs[3]
         for place, gradient in zip((4, 5), got):
             direction = np.random.default_rng(place).normal(size=inputs[place].shape)
@@ -182,7 +186,7 @@ class HSTUSuite:
     def test_packed_equals_separate_equals_padded(self):
         case = Case("pack", (self.block + 3, 5, 30), targets=(4, 0, 7), window=self.block, context_len=3)
         inputs, times = float32(make_inputs(case, **self.shape())), case.times()
-        together = attend(case, inputs, implementation=self.implementation)
+        together = self.attend(case, inputs)
         tables = {"position_bias": inputs[4], "time_bias": inputs[5]}
         longest = max(case.lengths) + 2
         padded = [jnp.full((3, longest, *x.shape[1:]), jnp.nan, x.dtype) for x in inputs[:3]]
@@ -190,8 +194,7 @@ class HSTUSuite:
         for b, (start, n) in enumerate(zip(case.offsets, case.lengths)):
             rows = slice(start, start + n)
             one = Case("one", (n,), targets=(case.targets[b],), window=case.window, context_len=case.context_len)
-            alone = attend(one, [x[rows] for x in inputs[:4]] + inputs[4:], times=times[rows],
-                           implementation=self.implementation)  # fmt: skip
+            alone = self.attend(one, [x[rows] for x in inputs[:4]] + inputs[4:], times=times[rows])
             for got, want in zip(together[:4], alone[:4]):
                 assert_close(got[rows], want, 5e-6)
             padded = [p.at[b, :n].set(x[rows]) for p, x in zip(padded, inputs)]
@@ -208,8 +211,8 @@ class HSTUSuite:
         case = Case("permuted", (self.block + 9,), targets=(9,))
         inputs = float32(make_inputs(case, **self.shape()))
         order = np.concatenate([np.arange(self.block), self.block + np.random.default_rng(5).permutation(9)])
-        before = attend(case, inputs, implementation=self.implementation)
-        after = attend(case, [x[order] for x in inputs[:4]] + inputs[4:], implementation=self.implementation)
+        before = self.attend(case, inputs)
+        after = self.attend(case, [x[order] for x in inputs[:4]] + inputs[4:])
         for got, want in zip(after[:4], before[:4]):
             assert_close(got, want[order], 3e-6)
         assert np.abs(np.asarray(after[0] - before[0])[self.block :]).max() > 1e-3
@@ -222,8 +225,8 @@ class HSTUSuite:
         nans = float32(make_inputs(case, **self.shape()))
         assert np.isnan(nans[0][-1]).all()
         zeros = [jnp.nan_to_num(x) for x in nans]
-        poisoned = attend(case, nans, implementation=self.implementation)
-        clean = attend(case, zeros, implementation=self.implementation)
+        poisoned = self.attend(case, nans)
+        clean = self.attend(case, zeros)
         for got, want in zip(poisoned, clean):
             np.testing.assert_array_equal(got, want)
         for x in poisoned[:4]:
@@ -232,21 +235,21 @@ class HSTUSuite:
     def test_runs_repeat_bit_for_bit(self):
         case = self.case("targets")
         inputs = float32(make_inputs(case, **self.shape()))
-        first = attend(case, inputs, implementation=self.implementation)
+        first = self.attend(case, inputs)
         for _ in range(2):
-            for got, want in zip(attend(case, inputs, implementation=self.implementation), first):
+            for got, want in zip(self.attend(case, inputs), first):
                 np.testing.assert_array_equal(got, want)
 
     def test_every_argument_matters(self):
         case = Case("matters", (40,), targets=(4,))
         inputs = float32(make_inputs(case, **self.shape()))
-        base = attend(case, inputs, implementation=self.implementation)[0]
-        others = [attend(case, [(2 + i) * x if i == j else x for j, x in enumerate(inputs)],
-                         implementation=self.implementation)[0] for i in (0, 1, 2, 4, 5)]  # fmt: skip
-        others.append(attend(case, inputs, times=case.times(seed=1), implementation=self.implementation)[0])
+        base = self.attend(case, inputs)[0]
+        scaled = [[(2 + i) * x if i == j else x for j, x in enumerate(inputs)] for i in (0, 1, 2, 4, 5)]
+        others = [self.attend(case, x)[0] for x in scaled]
+        others.append(self.attend(case, inputs, times=case.times(seed=1))[0])
         for change in ({"window": 5}, {"window": 5, "full_len": 9}, {"context_len": 6}, {"targets": (7,)}):
             changed = Case("changed", (40,), **{"targets": (4,), **change})
-            others.append(attend(changed, inputs, times=case.times(), implementation=self.implementation)[0])
+            others.append(self.attend(changed, inputs, times=case.times())[0])
         results = [base, *others]
         for i, x in enumerate(results):
             for j, y in enumerate(results[:i]):

@@ -1,10 +1,11 @@
 """Prints the worst error of every attention backend against the dense formula in the same precision.
 
-``JAX_PLATFORMS=cpu python -m tests.kernels.error_table [BACKEND …]`` (the TPU and GPU kernels run in their interpreters).
+``JAX_PLATFORMS=cpu python -m tests.kernels.error_table [BACKEND …]``; the TPU and GPU kernels are interpreted.
 A ratio of 1 is the dense formula's own error; the suite allows 2 for outputs and 5 for gradients.
 """
 
 import contextlib
+import functools
 import sys
 from unittest import mock
 
@@ -13,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.hstu_attention import mosaic_gpu_pieces, mosaic_tpu_tiles, xla, xla_tiles
-from tests.kernels.attention_cases import cases, error_ratios
+from tests.kernels.attention_cases import attend, cases, error_ratios
 
 BOTH = (jnp.float32, jnp.bfloat16)
 # Name of the line: (backend, block its cases straddle, width of a head, dtypes).
@@ -49,12 +50,13 @@ def main(wanted):
     for line, (backend, block, width, dtypes) in LINES.items():
         if wanted and backend not in wanted:
             continue
+        call = functools.partial(attend, implementation=backend)
         for dtype in dtypes:
             found = []
             with runnable(line):
                 for case in cases(block):
                     for bias in (False, True):
-                        found.append(error_ratios(case, dtype, backend, position=bias, time=bias, dqk=width, dv=width))
+                        found.append(error_ratios(case, dtype, call, position=bias, time=bias, dqk=width, dv=width))
             output, gradient = max(r[0] for r in found), max(max(r[1:]) for r in found)
             name = jnp.dtype(dtype).name
             print(f"{line:26}{name:10}{len(found):>6}{output:>14.2f}{gradient:>16.2f}", flush=True)

@@ -22,10 +22,10 @@ from kernels_pallas.hstu_attention import (
 )
 from kernels_pallas.hstu_attention import mosaic_tpu_tiles as tiles
 from kernels_pallas.hstu_attention.buckets import bucket_formula, thresholds
-from tests.kernels.attention_cases import ALPHA, MAX_LEN, Case, cases, make_inputs, oracle, plain, relative_error
+from tests.kernels.attention_cases import ALPHA, MAX_LEN, relative_error
+from tests.kernels.attention_suite import HSTUSuite
 
 BLOCK, TOTAL, POSITIONS = 128, 420, 40
-CASES = {case.name: case for case in cases(BLOCK)}
 IMPLEMENTATION = "mosaic_tpu"
 BIASES = pytest.mark.parametrize(("position", "time"), [(True, False), (False, True)])
 
@@ -70,51 +70,31 @@ def exact(inputs, tokens, **tables):
         return run([np.asarray(x, np.float64) for x in inputs], tokens, implementation="reference", **tables)
 
 
-def batch(case, dtype=jnp.float32, length=TOTAL):
-    """(inputs with q, k, v, cotangent [1, length, H, D], tokens) of a case; what follows is padding full of NaN."""
-    *arrays, position, time = make_inputs(case, positions=POSITIONS)
-    short = length - case.total
-    arrays = [np.pad(x, ((0, short), (0, 0), (0, 0)), constant_values=np.nan)[None] for x in arrays]
-    stamps = jnp.asarray(np.pad(case.times(), (0, short)))
-    tokens = jagged_tokens(jnp.asarray(case.offsets), length, timestamps=stamps, **case.mask_options())
-    return [*(jnp.asarray(x, dtype) for x in arrays), *(jnp.asarray(x, jnp.float32) for x in (position, time))], tokens
-
-
-def rows(results, case):
-    """Results without the filling."""
-    return [np.asarray(x, np.float64)[0, : case.total] if i < 4 else x for i, x in enumerate(results)]
-
-
 def assert_near(got, want, tolerance):
     for g, w in zip(got, want, strict=True):
         assert relative_error(g, np.asarray(w, np.float64)) <= tolerance
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_every_mask_with_both_biases(name):
-    """Against the oracle; NaN in padding and in its cotangent leaves no trace; runs repeat bit for bit."""
-    case = CASES[name]
-    inputs, tokens = batch(case)
-    got = run(inputs, tokens)
-    assert_near(rows(got, case), oracle(case, make_inputs(case, positions=POSITIONS)), 2e-6)
-    for x in got[:4]:
-        assert not np.asarray(x)[0, case.offsets[-1] :].any()
-    if name == "targets":
-        for x, y in zip(run(inputs, tokens), got):
-            np.testing.assert_array_equal(x, y)
+class TestSuite(HSTUSuite):
+    """All cases as one number of rows, so that they share their compiled programs."""
 
+    implementation = IMPLEMENTATION
+    block = BLOCK
+    dv = 8
 
-@pytest.mark.parametrize(("case", "length"), [(CASES["context window"], TOTAL), (Case("short", (20, 2)), 23)])
-def test_bfloat16_error_is_bounded_by_the_dense_formula(case, length):
-    """Without biases: at most twice (outputs) and five times (gradients) the error of the dense formula."""
-    inputs, tokens = batch(case, jnp.bfloat16, length)
-    draws = [[x[0, : case.total] for x in inputs[:4]] + inputs[4:]]
-    want = oracle(case, draws[0], position=False, time=False)
-    yard = plain(case, draws, jnp.bfloat16, position=False, time=False)[0]
-    got = run(inputs, tokens, position=False, time=False)
-    assert all(x.dtype == jnp.bfloat16 for x in got)
-    for factor, g, y, w in zip((2, 5, 5, 5), rows(got, case), yard, want, strict=True):
-        assert relative_error(g, w) <= factor * max(relative_error(y, w), float(jnp.finfo(jnp.bfloat16).eps))
+    def attend(self, case, inputs, *, position=True, time=True, times=None):
+        short = TOTAL - case.total
+        stamps = jnp.asarray(np.pad(case.times() if times is None else times, (0, short)))
+        tokens = jagged_tokens(jnp.asarray(case.offsets), TOTAL, timestamps=stamps, **case.mask_options())
+        wide = [jnp.pad(x, ((0, short), (0, 0), (0, 0)), constant_values=jnp.nan)[None] for x in inputs[:4]]
+        got = run([*wide, *inputs[4:]], tokens, position=position, time=time)
+        for x in got[:4]:
+            assert not np.asarray(x)[0, case.offsets[-1] :].any()
+        return [x[0, : case.total] if i < 4 else x for i, x in enumerate(got)]
+
+    # Lowered below, not run: the interpreter's memory has effects, which these transformations do not carry.
+    test_under_scan_remat_and_vmap = None
+    test_under_shard_map = None
 
 
 def general_tokens(length):
