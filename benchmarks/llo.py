@@ -10,7 +10,7 @@ the grid is a loop region. Two counts of a region are read:
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 # What the compiler has to dump, as the value of LIBTPU_INIT_ARGS; it is read once in a process.
@@ -25,6 +25,7 @@ _RANGE = re.compile(r"^\s*// region range: \[(\d+), (\d+)\)")
 _LOOP = re.compile(r"^\s*loop: start=(\S+), step=(\S+), limit=(\S+)")
 _VMEM = re.compile(r"^\s*#allocation\w+ \[.*space=vmem, size = (0x[0-9a-f]+|\d+), offset = (0x[0-9a-f]+|\d+)")
 _BUNDLE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?\s*:")
+_UNKNOWN = -1  # end of a region
 _MARK = re.compile(r"(Start/End empty|Start|End) region (\d+)")
 
 
@@ -89,7 +90,7 @@ def read_kernels(folder: Path) -> list[Kernel]:
 def read_kernel(name: str, tree: str, program: str) -> Kernel:
     """A kernel from the texts of its region tree and of its emitted program."""
     spans, matmuls = _read_program(program)
-    regions = _read_tree(tree, spans)
+    regions = _ended(_read_tree(tree, spans), len(matmuls))
     loop, parts = _grid_step(regions, matmuls)
     branches = tuple(_branch(regions, key, matmuls) for key in parts)
     whole = _branch(regions, loop, matmuls)
@@ -127,7 +128,7 @@ def _read_program(text: str) -> tuple[dict[int, tuple[int, int]], list[int]]:
                 starts[int(region)] = len(matmuls) - 1
             elif mark == "End":
                 stops[int(region)] = len(matmuls)
-    return {key: (start, stops.get(key, len(matmuls))) for key, start in starts.items()}, matmuls
+    return {key: (start, stops.get(key, _UNKNOWN)) for key, start in starts.items()}, matmuls
 
 
 def _read_tree(text: str, spans: Mapping[int, tuple[int, int]]) -> dict[int, Region]:
@@ -148,6 +149,21 @@ def _read_tree(text: str, spans: Mapping[int, tuple[int, int]]) -> dict[int, Reg
             cycles = (int(found[1]), int(found[2]))
             regions[key] = Region(parent, kind, regions[key].trips, cycles, regions[key].bundles)
     return regions
+
+
+def _ended(regions: Mapping[int, Region], length: int) -> dict[int, Region]:
+    """Regions whose end the program does not mark (7x) reach to the next one that starts after all their parts."""
+
+    def stop(key: int) -> int:
+        inside = {key} | {child for child in regions if key in _ancestors(regions, child)}
+        ends = [end for child in inside if (end := regions[child].bundles[1]) != _UNKNOWN]
+        after = max([regions[key].bundles[0], *ends])
+        starts = (region.bundles[0] for other, region in regions.items() if other not in inside and region.bundles[1])
+        return min((start for start in starts if start >= after), default=length)
+
+    unmarked = [key for key, region in regions.items() if region.bundles[1] == _UNKNOWN]
+    found = {key: replace(regions[key], bundles=(regions[key].bundles[0], stop(key))) for key in unmarked}
+    return {**regions, **found}
 
 
 def _trips(start: str, step: str, limit: str) -> int | None:

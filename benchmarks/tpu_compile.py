@@ -49,46 +49,58 @@ MACS = {"v5e": 2**16, "v5p": 2**16, "v6e": 2**18, "7x": 2**18}
 MXU_SIDE = {"v5e": 128, "v5p": 128, "v6e": 256, "7x": 256}
 MATMUL_ROWS = 16  # of bfloat16 in one matrix unit instruction
 
-# The branches (`pl.when`) of the kernels, in the order of their programs; those in brackets exist with bias alone.
+# The branches of the kernels (`pl.when`, or a loop of unknown length) in the order of their programs; those in brackets
+# exist with bias alone. Loops over squares of 128 x 128 pairs: two with many time buckets, the odd one, one with few;
+# for the gradient of the times four squares, one square, the further buckets of one with many.
 BRANCHES = {
-    "hstu_forward": "first [few] full fill [irregular] masked dirty last",
+    "hstu_forward": "first [two-many] [one-many] full [one-few] fill [irregular] masked dirty last",
     "hstu_backward": (
-        "first opens [tables] [few] full fill [irregular] masked dirty [few-times] [times] [diagonals]"
-        " [irregular-diagonals] last closes"
+        "first opens [tables] [two-many] [one-many] full [one-few] fill [irregular] masked dirty"
+        " [four-sums] [one-sum] [more-sums] [diagonals] [irregular-diagonals] last closes"
     ),
 }
-ATTENDS = ("few", "full", "masked", "dirty", "irregular-diagonals")  # those that multiply matrices
-# What a step in the middle of a row of tiles runs, for each kind of tile: one with all pairs visible and few time
-# buckets (it lies far from the diagonal), one with all pairs visible, one that the mask crosses.
-STEPS = {
-    "few": ("few", "few-times", "diagonals"),
-    "full": ("full", "times", "diagonals"),
-    "edge": ("fill", "masked", "times", "diagonals"),
+ATTENDS = ("full", "masked", "dirty", "irregular-diagonals")  # those that multiply matrices
+# How often a step in the middle of a row of tiles runs each branch, or its loop. A "full" tile has all pairs visible;
+# with bias none, one or all 16 of its squares have many time buckets: "few", "one", "many". The "edge" of the mask is
+# the diagonal: 6 squares hidden, 3 with few buckets and 7 with many, as the gaps of real sequences have it.
+STEPS: dict[str, dict[str, int]] = {
+    "full": {"full": 1},
+    "few": {"full": 1, "four-sums": 4, "diagonals": 1},
+    "one": {"full": 1, "one-many": 1, "four-sums": 4, "more-sums": 1, "diagonals": 1},
+    "many": {"full": 1, "two-many": 8, "four-sums": 4, "more-sums": 16, "diagonals": 1},
+    "edge": {
+        **{"two-many": 3, "one-many": 1, "one-few": 3, "fill": 1, "masked": 1},
+        **{"four-sums": 2, "one-sum": 2, "more-sums": 7, "diagonals": 1},
+    },
 }
+PLAIN, BIASED = ("full", "edge"), ("few", "one", "many", "edge")  # kinds of tiles
 
 # Bundles of such a step for 512 x 512 pairs and one head at T=2048 H=4, measured and 3 % on top:
-# (target, D): forward (full; few, full with bias), backward (full; few, full with bias).
+# (target, D): forward (full; with bias few, one, many), backward (the same).
 GATE_LENGTH, GATE_HEADS = 2048, 4
-CEILINGS: dict[tuple[str, int], tuple[int, int, int, int, int, int]] = {
-    ("v5e", 64): (1035, 1200, 1668, 2825, 3261, 3747),
-    ("v5e", 128): (1040, 1179, 1612, 2753, 3345, 3724),
-    ("v5e", 256): (1938, 2144, 2466, 4990, 5635, 5740),
-    ("v5p", 64): (1076, 1267, 1690, 2851, 3374, 3851),
-    ("v5p", 128): (1078, 1211, 1660, 2737, 3510, 3857),
-    ("v5p", 256): (1990, 2054, 2559, 5085, 5775, 5739),
-    ("v6e", 64): (648, 911, 1373, 1791, 2409, 2813),
-    ("v6e", 128): (615, 888, 1306, 1700, 2388, 2760),
-    ("v6e", 256): (650, 920, 1328, 1774, 2440, 2793),
-    ("7x", 64): (710, 932, 1371, 1642, 2254, 2802),
-    ("7x", 128): (667, 970, 1396, 1778, 2312, 2701),
-    ("7x", 256): (726, 940, 1266, 1531, 2075, 2547),
+CEILINGS: dict[tuple[str, int], tuple[int, ...]] = {
+    ("v5e", 64): (1035, 1297, 1336, 1872, 2825, 3494, 3598, 5179),
+    ("v5e", 128): (1040, 1233, 1273, 1808, 2753, 3463, 3568, 5148),
+    ("v5e", 256): (1938, 2157, 2196, 2732, 4990, 5663, 5767, 7344),
+    ("v5p", 64): (1076, 1311, 1351, 1882, 2851, 3599, 3704, 5284),
+    ("v5p", 128): (1078, 1294, 1333, 1865, 2737, 3546, 3650, 5231),
+    ("v5p", 256): (1990, 2217, 2256, 2788, 5085, 5787, 5891, 7468),
+    ("v6e", 64): (648, 984, 1020, 1569, 1791, 2605, 2705, 4262),
+    ("v6e", 128): (615, 947, 983, 1532, 1700, 2537, 2636, 4197),
+    ("v6e", 256): (650, 984, 1020, 1569, 1774, 2579, 2679, 4235),
+    ("7x", 64): (710, 997, 1033, 1578, 1642, 2546, 2643, 4155),
+    ("7x", 128): (667, 1040, 1076, 1621, 1778, 2649, 2747, 4258),
+    ("7x", 256): (726, 1004, 1040, 1585, 1531, 2483, 2580, 4092),
 }
 # What the forward kernel has to reach at D=128: (plain, bias).
 TARGET_BUNDLES = {"v5e": (1100, 1250), "v6e": (720, 1030)}
 
 
 class Cost(NamedTuple):
-    """The grid step of a 512 x 512 tile, per head; loops of unknown length in it count as run once."""
+    """The grid step of a 512 x 512 tile, per head.
+
+    A loop counts with its entry as often as `STEPS` has it; ``loops`` inside of it count as run once.
+    """
 
     bundles: float
     cycles: float
@@ -138,21 +150,23 @@ def tile_costs(case: Case, kernels: Sequence[Kernel]) -> dict[str, Cost]:
         return {}
     tiles = sum(branches["full"].matmuls for _, branches in named) / matmuls(case)
 
-    def cost(names: Sequence[str]) -> Cost:
-        parts = [part for step, own in named for part in (step, *(own[name] for name in names if name in own))]
-        bundles, cycles = sum(part.bundles for part in parts), sum(part.cycles for part in parts)
-        return Cost(bundles / tiles, cycles / tiles, sum(part.loops for part in parts))
+    def cost(times: dict[str, int]) -> Cost:
+        parts = [(own[name], count) for _, own in named for name, count in times.items() if name in own]
+        bundles, cycles = (
+            sum(getattr(step, what) for step, _ in named) + sum(count * getattr(part, what) for part, count in parts)
+            for what in ("bundles", "cycles")
+        )
+        return Cost(bundles / tiles, cycles / tiles, sum(count * max(0, part.loops - 1) for part, count in parts))
 
-    return {kind: cost(names) for kind, names in STEPS.items() if kind != "few" or case.bias}
+    return {kind: cost(STEPS[kind]) for kind in (BIASED if case.bias else PLAIN)}
 
 
 def ceiling(case: Case, kind: str) -> int | None:
     """Most bundles that a kind of tile may take; None where there is no gate."""
     if (case.length, case.heads) != (GATE_LENGTH, GATE_HEADS) or kind == "edge":
         return None
-    place = 0 if not case.bias else 1 if kind == "few" else 2
     limits = CEILINGS.get((case.target, case.dim))
-    return limits[3 * case.backward + place] if limits else None
+    return limits[4 * case.backward + (1 + BIASED.index(kind) if case.bias else 0)] if limits else None
 
 
 def complaint(result: Result) -> str:

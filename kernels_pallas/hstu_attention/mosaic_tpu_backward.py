@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.hstu_attention import mosaic_tpu_bias as biases
 from kernels_pallas.hstu_attention import mosaic_tpu_tiles as tiles
-from kernels_pallas.hstu_attention.mosaic_tpu_bias import Bias, make_tables
+from kernels_pallas.hstu_attention.mosaic_tpu_bias import Bias, Times, make_tables
 from kernels_pallas.hstu_attention.mosaic_tpu_tiles import LANES, SUBLANES, Call, Pairs, Prepared, dot
 
 
@@ -40,14 +40,15 @@ def _table_shapes(call: Call) -> list[tuple[int, int, int]]:
 def _kernel(call: Call, tree: Any, *refs: Any) -> None:
     """``tree`` is of the tables among the references."""
     row, blocks, flags, closing, q, k, v, d_out, queries, keys, *rest = refs
-    tables = [rest.pop(0) for _ in range(tree.num_leaves)]
+    records: Any = rest.pop(0) if call.buckets else None
+    tables = jax.tree.unflatten(tree, [rest.pop(0) for _ in range(tree.num_leaves)])
     dq, dk, dv = (rest.pop(0) for _ in range(3))
     d_position: Any = rest.pop(0) if call.positions else None
     d_time: Any = rest.pop(0) if call.buckets else None
     dq_total, dk_total, dv_total, tile, columns, *bias_scratch = rest
     d_bias: Any = bias_scratch.pop(0) if call.biased else None
     merged = bias_scratch.pop(0) if call.positions else None
-    bucket = bias_scratch.pop(0) if call.buckets else None
+    bucket: Any = bias_scratch.pop(0) if call.buckets else None
     del row, closing  # only the index maps read them
     step = pl.program_id(1)
     kind = tiles.Kind(flags[step])
@@ -55,9 +56,11 @@ def _kernel(call: Call, tree: Any, *refs: Any) -> None:
     shift = (blocks[step] & 0xFFFF) - query_block
     pairs = Pairs(columns, queries, by_key=True)
 
-    def fill(*, masked: bool, regular: bool, few: bool) -> None:
-        lowest = kind.lowest if few else None
-        bias = Bias(jax.tree.unflatten(tree, tables), shift, call.positions, regular, lowest, bucket)
+    squares = tiles.Squares(records, kind, call.block)
+    times = Times(tables, pairs, squares, tile, bucket) if call.buckets else None
+
+    def fill(*, masked: bool, regular: bool) -> None:
+        bias = Bias(tables, shift, call.positions, regular, times)
         tiles.fill_tile(tile, pairs, bias if call.biased else None, masked=masked)
 
     def attend(*, masked: bool, dirty: bool) -> None:
@@ -103,11 +106,11 @@ def _kernel(call: Call, tree: Any, *refs: Any) -> None:
                 if total is not None:
                     total[...] = jnp.zeros_like(total)
 
+    if times is not None:
+        times.begin()
     tiles.each_kind(call, kind, fill, attend)
     if call.buckets:
-        few = kind.full & ~kind.irregular & kind.few
-        pl.when(few)(lambda: biases.add_few_time_gradients(d_time, d_bias, bucket, kind.lowest))
-        pl.when(~few)(lambda: biases.add_time_gradients(d_time, d_bias, bucket))
+        biases.add_time_gradients(d_time, d_bias, bucket, squares)
     if call.positions:
         pl.when(~kind.irregular)(lambda: biases.add_diagonals(d_position, shift, d_bias))
         pl.when(kind.irregular)(lambda: biases.add_irregular_diagonals(d_position, merged, d_bias, queries, keys))
@@ -151,6 +154,7 @@ def backward(
                 at.query(call.dv),
                 at.query_fields(),
                 at.key_fields(),
+                *([at.squares()] * bool(call.buckets)),
                 *(at.whole(table) for table in tables),
             ],
             out_specs=[
@@ -175,7 +179,7 @@ def backward(
         ],
         compiler_params=tiles.compiler_params(),
         name="hstu_backward",
-    )(*work[:4], q, k, v, d_out, prepared.queries, prepared.keys, *tables)
+    )(*work[:4], q, k, v, d_out, prepared.queries, prepared.keys, *([work.squares] * bool(call.buckets)), *tables)
     d_position = d_time = None
     scale = 0.5 / call.divisor
     if position_bias is not None:

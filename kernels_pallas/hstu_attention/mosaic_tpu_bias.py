@@ -2,7 +2,8 @@
 
 Position: on a regular tile the bias depends on the diagonal alone, so that one row of the table, rolled further from
 row to row, holds all of it. Other tiles look every pair up, 128 entries of the table at a time.
-Time: a distance's float bits name a cell that at most one bucket threshold cuts; two look-ups among 128 lanes.
+Time: a distance's float bits name a cell that at most one bucket threshold cuts; two look-ups among 128 lanes. Squares
+of 128 × 128 pairs whose times leave few buckets compare with the thresholds between them instead.
 """
 
 import dataclasses
@@ -16,11 +17,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.hstu_attention.buckets import thresholds
-from kernels_pallas.hstu_attention.mosaic_tpu_tiles import FEW_BUCKETS, LANES, SUBLANES
+from kernels_pallas.hstu_attention.mosaic_tpu_tiles import FEW_BUCKETS, LANES, SUBLANES, Pairs, Squares
 from kernels_pallas.hstu_attention.tokens import Keys, Queries
 
 _NEVER = int(np.iinfo(np.int32).max)
-BUCKETS = 80  # 0..73, filled up to whole registers
+BUCKETS = 88  # 0..73, and the rest of a dozen that begins with the last
+_DOZEN = 12
 _LANE_BITS = LANES.bit_length() - 1
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -84,16 +86,14 @@ class Bias:
       shift: key block - query block, a scalar.
       positions: n of the position table, 0 for none.
       regular: the tile's positions follow the index.
-      lowest: time bucket, a scalar, of a tile with few; or None.
-      buckets: VMEM int32 [block, block] to note each pair's bucket in, -1 for hidden pairs; or None.
+      times: of the tile; None without a time bias.
     """
 
     tables: Tables
     shift: jax.Array
     positions: int
     regular: bool
-    lowest: Any
-    buckets: Any
+    times: "Times | None"
 
     def along(self, diagonal: int) -> jax.Array | None:
         """The position bias [128, 128] of all squares on a diagonal of the tile; None if it is not regular."""
@@ -113,21 +113,69 @@ class Bias:
         value = jnp.zeros((LANES, LANES), jnp.float32) if along is None else along
         if self.positions and visible is not None and not self.regular:
             value = _look_up(self.tables.chunks, self.positions, queries, keys, visible)
-        if self.tables.values is None:
+        if self.times is None:
             return value
-        look_up = self._any_bucket if self.lowest is None else self._few_buckets
-        seconds, bucket = look_up(queries.time - keys.time)
+        return value + self.times.finish(queries.time - keys.time, visible, place)
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+    """The time bias of a tile's pairs, square by square: `begin` for the whole tile, then `finish` for each square.
+
+    Few buckets are compared with one by one, which an unmasked tile does beside its matrix products, in `finish`.
+
+    Attributes:
+      tables: of VMEM references.
+      pairs, squares: of the tile.
+      tile: VMEM float32 [block, block], for half the bias.
+      buckets: VMEM int32 [block, block] to note each pair's bucket in, -1 for hidden pairs; or None.
+    """
+
+    tables: Tables
+    pairs: Pairs
+    squares: Squares
+    tile: Any
+    buckets: Any
+
+    def begin(self) -> None:
+        """Writes what `finish` reads: squares with many buckets, and if the tile is not plain those with few."""
+        squares = self.squares
+        squares.each_many(lambda place, square: self._write(place, *self._any_bucket(self._apart(place))), together=2)
+
+        @pl.when(~squares.kind.plain)
+        def _():
+            squares.each_few(lambda place, square: self._write(place, *self._few_buckets(self._apart(place), square)))
+
+    def finish(self, apart: jax.Array, visible: jax.Array | None, place: Any) -> jax.Array:
+        """Half the bias [128, 128] of pairs ``apart`` (either sign) seconds; notes their buckets."""
+        if visible is not None:
+            if self.buckets is not None:
+                self.buckets[place] = jnp.where(visible, self.buckets[place], -1)
+            return self.tile[place]
+        square = place[0].start // LANES * self.squares.side + place[1].start // LANES
+        lowest, highest = self.squares.range(square)
+        many = highest - lowest >= FEW_BUCKETS
+        seconds, bucket = self._few_buckets(apart, square)
         if self.buckets is not None:
-            self.buckets[place] = bucket if visible is None else jnp.where(visible, bucket, -1)
-        return value + seconds
+            pltpu.store(self.buckets.at[place], bucket, mask=jnp.broadcast_to(~many, bucket.shape))
+        return jnp.where(many, self.tile[place], seconds)
+
+    def _apart(self, place: Any) -> jax.Array:
+        queries, keys, _ = self.pairs.subtile(*place)
+        return queries.time - keys.time
+
+    def _write(self, place: Any, seconds: jax.Array, bucket: jax.Array) -> None:
+        self.tile[place] = seconds
+        if self.buckets is not None:
+            self.buckets[place] = bucket
 
     def _any_bucket(self, apart: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Bias and bucket of pairs ``apart`` (either sign) seconds."""
         step = time_step(apart, self.tables.limits[...])
         return spread(self.tables.values[...], step), spread(self.tables.buckets[...], step)
 
-    def _few_buckets(self, apart: jax.Array) -> tuple[jax.Array, jax.Array]:
-        ends, levels, lowest = self.tables.ends, self.tables.levels, self.lowest
+    def _few_buckets(self, apart: jax.Array, square: Any) -> tuple[jax.Array, jax.Array]:
+        ends, levels, lowest = self.tables.ends, self.tables.levels, self.squares.range(square)[0]
         value = jnp.full(apart.shape, levels[lowest], jnp.float32)
         bucket = jnp.full(apart.shape, lowest, jnp.int32)
         distance = jnp.abs(apart)
@@ -201,40 +249,25 @@ def time_step(apart: jax.Array, limits: jax.Array) -> jax.Array:
     return jnp.where(jnp.abs(apart) >= spread(limits, cell), cell + 1, cell)
 
 
-def _squares(block: int) -> list[tuple[Any, Any]]:
-    """Places of the squares of 128 × 128 pairs in a tile."""
-    starts = range(0, block, LANES)
-    return [(pl.ds(down, LANES), pl.ds(across, LANES)) for down in starts for across in starts]
+def add_time_gradients(total: Any, d_bias: Any, buckets: Any, squares: Squares) -> None:
+    """Adds d_bias [block, block] to the row of its bucket in total [88, 8, 128]; 8 × 128 partial sums are left.
 
+    Each square's own range of buckets is summed: the first `FEW_BUCKETS`, then by the dozen.
+    """
 
-def _sum_where(bucket: jax.Array, number: jax.Array, gradient: jax.Array) -> jax.Array:
-    """[8, 128] sums of the gradient [128, 128] of the pairs in one bucket."""
-    return jnp.where(bucket == number, gradient, 0).reshape(-1, SUBLANES, LANES).sum(0)
-
-
-def add_few_time_gradients(total: Any, d_bias: Any, buckets: Any, lowest: jax.Array) -> None:
-    """`add_time_gradients` for a tile with few buckets, from ``lowest`` on."""
-    sums = [jnp.zeros((SUBLANES, LANES), jnp.float32)] * FEW_BUCKETS
-    for place in _squares(d_bias.shape[0]):
+    def add(place: Any, first: jax.Array, count: int) -> None:
         bucket, gradient = buckets[place], d_bias[place]
-        sums = [x + _sum_where(bucket, lowest + more, gradient) for more, x in enumerate(sums)]
-    for more, x in enumerate(sums):
-        total[lowest + more] += x
+        for number in [first + more for more in range(count)]:
+            total[number] += jnp.where(bucket == number, gradient, 0).reshape(-1, SUBLANES, LANES).sum(0)
 
+    def add_later(place: Any, square: jax.Array) -> None:
+        lowest, highest = squares.range(square)
+        begin = lowest + FEW_BUCKETS
+        dozens = jax.lax.div(highest - begin + _DOZEN, _DOZEN)
+        jax.lax.fori_loop(0, dozens, lambda i, _: add(place, begin + i * _DOZEN, _DOZEN), None)
 
-def add_time_gradients(total: Any, d_bias: Any, buckets: Any) -> None:
-    """Adds d_bias [block, block] to the row of its bucket in total [80, 8, 128]; 8 × 128 partial sums are left."""
-    squares = _squares(d_bias.shape[0])
-    # All bounds first: each is a long wait for a scalar, and so they wait together.
-    present = [buckets[place] for place in squares]
-    first = [jnp.min(jnp.where(bucket < 0, BUCKETS, bucket)) for bucket in present]
-    last = [jnp.max(bucket) for bucket in present]
-    for place, low, high in zip(squares, first, last):
-
-        def add(number: jax.Array, _: None, place: Any = place) -> None:
-            total[number] += _sum_where(buckets[place], number, d_bias[place])
-
-        jax.lax.fori_loop(low, high + 1, add, None)
+    squares.each_seen(lambda place, square: add(place, squares.range(square)[0], FEW_BUCKETS), together=4)
+    squares.each_many(add_later)
 
 
 def add_diagonals(total: Any, shift: jax.Array, d_bias: Any) -> None:
@@ -316,6 +349,6 @@ def position_gradient(total: jax.Array, positions: int) -> jax.Array:
 
 
 def time_gradient(total: jax.Array, buckets: int) -> jax.Array:
-    """Gradient [buckets] of the time table from the kernel's sums [groups, 80, 8, 128]."""
+    """Gradient [buckets] of the time table from the kernel's sums [groups, 88, 8, 128]."""
     sums = jnp.pad(total.sum((0, 2, 3)), (0, max(0, buckets - BUCKETS)))
     return sums[:buckets].at[-1].add(sums[buckets:].sum())  # a shorter table's last entry serves all later buckets

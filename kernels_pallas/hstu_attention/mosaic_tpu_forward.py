@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.hstu_attention import mosaic_tpu_tiles as tiles
-from kernels_pallas.hstu_attention.mosaic_tpu_bias import Bias, make_tables
+from kernels_pallas.hstu_attention.mosaic_tpu_bias import Bias, Times, make_tables
 from kernels_pallas.hstu_attention.mosaic_tpu_tiles import LANES, Call, Pairs, Prepared, dot
 
 
@@ -22,16 +22,19 @@ def vmem_bytes(call: Call) -> int:
 
 def _kernel(call: Call, tree: Any, *refs: Any) -> None:
     """``tree`` is of the tables among the references."""
-    row, blocks, flags, closing, q, k, v, queries, keys, *tables, out, total, tile, columns = refs
+    row, blocks, flags, closing, q, k, v, queries, keys, *rest, out, total, tile, columns = refs
     del row, closing  # only the index maps read them
+    records = rest.pop(0) if call.buckets else None
+    tables = jax.tree.unflatten(tree, rest)
     step = pl.program_id(1)
     kind = tiles.Kind(flags[step])
     shift = (blocks[step] & 0xFFFF) - (blocks[step] >> 16)
     pairs = Pairs(columns, keys, by_key=False)
 
-    def fill(*, masked: bool, regular: bool, few: bool) -> None:
-        lowest = kind.lowest if few else None
-        bias = Bias(jax.tree.unflatten(tree, tables), shift, call.positions, regular, lowest, None)
+    times = Times(tables, pairs, tiles.Squares(records, kind, call.block), tile, None) if call.buckets else None
+
+    def fill(*, masked: bool, regular: bool) -> None:
+        bias = Bias(tables, shift, call.positions, regular, times)
         tiles.fill_tile(tile, pairs, bias if call.biased else None, masked=masked)
 
     def attend(*, masked: bool, dirty: bool) -> None:
@@ -53,6 +56,8 @@ def _kernel(call: Call, tree: Any, *refs: Any) -> None:
         total[...] = jnp.zeros_like(total)
         tiles.keep_columns(columns, queries)
 
+    if times is not None:
+        times.begin()
     tiles.each_kind(call, kind, fill, attend)
 
     @pl.when(kind.last)
@@ -83,6 +88,7 @@ def forward(
                 at.key(call.dv),
                 at.query_fields(),
                 at.key_fields(),
+                *([at.squares()] * bool(call.buckets)),
                 *(at.whole(table) for table in tables),
             ],
             out_specs=at.query(call.dv),
@@ -95,4 +101,4 @@ def forward(
         out_shape=tiles.like(v),
         compiler_params=tiles.compiler_params(),
         name="hstu_forward",
-    )(*work[:4], q, k, v, prepared.queries, prepared.keys, *tables)
+    )(*work[:4], q, k, v, prepared.queries, prepared.keys, *([work.squares] * bool(call.buckets)), *tables)

@@ -23,12 +23,13 @@ VMEM_LIMIT = 60 * 2**20  # v5p and 7x have 64 MiB per core, v5e and v6e 128
 VMEM_BUDGET = 50 * 2**20  # for what the kernels declare; the rest is the compiler's
 QUERY_FIELDS, KEY_FIELDS = 6, 4  # attributes of a query and of a key
 HIDDEN = -1e30  # what a tile holds for a pair that is not visible
+_HIGHEST, _ORDER = 7, 14  # bits of a square's record in `Squares`
 _FIELDS = 8  # token attributes per side, filled up to a register's sublanes
 
 # Flags of a tile.
-FULL, FIRST, LAST, DIRTY, IRREGULAR, OPENS, CLOSES, FEW = (1 << bit for bit in range(8))
-_LOWEST = 8  # bits from here on: the lowest time bucket
-FEW_BUCKETS = 6  # a tile with this many time buckets or less gets them by comparing with each threshold
+FULL, FIRST, LAST, DIRTY, IRREGULAR, OPENS, CLOSES = (1 << bit for bit in range(7))
+_MANY, _SEEN = 8, 16  # first bits of two numbers of squares in the flags
+FEW_BUCKETS = 6  # a square with this many time buckets or less gets them by comparing with each threshold
 
 
 class Call(NamedTuple):
@@ -68,9 +69,10 @@ class TileList(NamedTuple):
       row: row of the batch.
       blocks: query block · 2¹⁶ + key block.
       flags: FULL (all pairs visible), FIRST and LAST (of the outer block), DIRTY (padding among its tokens), IRREGULAR
-        (positions do not follow the index), OPENS and CLOSES (first and last of the inner block), FEW (time buckets,
-        if full); the lowest bucket times 2⁸.
+        (positions do not follow the index), OPENS and CLOSES (first and last of the inner block); with a time bias
+        the squares with many buckets times 2⁸, and those with anything visible times 2¹⁶.
       closing: the inner block that closes next.
+      squares: [W, 1, squares of a tile], see `Squares`; None without a time bias. Read a tile at a time.
       steps: int32 scalar, tiles to work on.
     """
 
@@ -78,6 +80,7 @@ class TileList(NamedTuple):
     blocks: jax.Array
     flags: jax.Array
     closing: jax.Array
+    squares: jax.Array | None
     steps: jax.Array
 
 
@@ -105,14 +108,12 @@ def prepare(tokens: Tokens, positions: int, buckets: int) -> Prepared:
     flags = DIRTY * (dirty[:, :, None] | dirty[:, None, :])
     if positions:
         flags += IRREGULAR * ~_regular(tokens, block)
-    if buckets:
-        lowest, few = _bucket_range(queries, keys, block)
-        flags += FEW * few + (lowest << _LOWEST)
+    ranges = _bucket_ranges(queries, keys, block) if buckets else None
     return Prepared(
         _stack(queries, [0, 0, 0, -1, 0, 0], block),
         _stack((*keys, index), [-1, 0, 0, -2], block),
-        _tile_list(queries, keys, flags, block, "query"),
-        _tile_list(queries, keys, flags, block, "key"),
+        _tile_list(queries, keys, flags, ranges, block, "query"),
+        _tile_list(queries, keys, flags, ranges, block, "key"),
     )
 
 
@@ -152,21 +153,49 @@ def _regular(tokens: Tokens, block: int) -> jax.Array:
     return begin[:, earlier] == end[:, later]
 
 
-def _bucket_range(queries: Queries, keys: Keys, block: int) -> tuple[jax.Array, jax.Array]:
-    """For full tiles, the lowest time bucket of their pairs, and whether there are few; [B, blocks, blocks] each."""
-    first_query, last_query = (_blocks(queries.time, block, 0).min(-1), _blocks(queries.time, block, 0).max(-1))
-    first_key, last_key = (_blocks(keys.time, block, 0).min(-1), _blocks(keys.time, block, 0).max(-1))
-    apart = jnp.maximum(first_query[:, :, None], first_key[:, None]) - jnp.minimum(
-        last_query[:, :, None], last_key[:, None]
-    )
-    lowest = time_bucket(jnp.maximum(apart, 0), jnp.int32(0))
-    ahead, behind = (
-        time_bucket(a[:, :, None], b[:, None]) for a, b in ((last_query, first_key), (first_query, last_key))
-    )
-    return lowest, jnp.maximum(ahead, behind) - lowest < FEW_BUCKETS
+class BucketRanges(NamedTuple):
+    """Time buckets of the real pairs of each square of 128 × 128, each [B, blocks, blocks, squares, squares]."""
+
+    lowest: jax.Array
+    highest: jax.Array
+    seen: jax.Array  # bool: some pair may be visible
+
+    def records(self, axes: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
+        """What `Squares` reads, int32 [B, blocks, blocks, squares²], with ``axes`` down and across; and its numbers."""
+        lowest, highest, seen = (jnp.moveaxis(x, axes, (3, 4)).reshape(*x.shape[:3], -1) for x in self)
+        many = seen & (highest - lowest >= FEW_BUCKETS)
+        order = jnp.argsort(jnp.where(many, 0, jnp.where(seen, 1, 2)), axis=-1, stable=True)
+        numbers = (many.sum(-1) << _MANY) + (seen.sum(-1) << _SEEN)
+        return lowest | highest << _HIGHEST | order << _ORDER, numbers
 
 
-def _tile_list(queries: Queries, keys: Keys, flags: jax.Array, block: int, by: str) -> TileList:
+def _bucket_ranges(queries: Queries, keys: Keys, block: int) -> BucketRanges:
+    """From the first and last times of real tokens in blocks of 128."""
+    squares, blocks = block // LANES, -(-queries.time.shape[1] // block)
+
+    def ends(time: jax.Array, real: jax.Array) -> tuple[jax.Array, jax.Array]:
+        lowest, highest = jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max
+        first = _blocks(jnp.where(real, time, highest), block, highest).reshape(-1, blocks * squares, LANES).min(-1)
+        last = _blocks(jnp.where(real, time, lowest), block, lowest).reshape(-1, blocks * squares, LANES).max(-1)
+        return first, last
+
+    def tiled(x: jax.Array) -> jax.Array:
+        return x.reshape(-1, blocks, squares, blocks, squares).swapaxes(2, 3)
+
+    first_query, last_query = (x[:, :, None] for x in ends(queries.time, queries.self >= 0))
+    first_key, last_key = (x[:, None] for x in ends(keys.time, keys.rank >= 0))
+    behind, ahead = time_bucket(first_query, last_key), time_bucket(last_query, first_key)
+    lowest = jnp.where(first_query > last_key, behind, jnp.where(first_key > last_query, ahead, 0))
+    seen = tile_kinds(queries, keys, LANES, LANES)[0]
+    short = blocks * squares - seen.shape[1]
+    seen = jnp.pad(seen, ((0, 0), (0, short), (0, short)))
+    return BucketRanges(tiled(lowest), tiled(jnp.maximum(ahead, behind)), tiled(seen))
+
+
+def _tile_list(
+    queries: Queries, keys: Keys, flags: jax.Array, ranges: BucketRanges | None, block: int, by: str
+) -> TileList:
+    squares = None
     work = work_list(queries, keys, block, block, by=by)
     listed = listed_tiles(tile_kinds(queries, keys, block, block)[0], by=by)
     if by == "key":
@@ -179,10 +208,14 @@ def _tile_list(queries: Queries, keys: Keys, flags: jax.Array, block: int, by: s
     place = jnp.arange(len(inner))
     real = place < work.size
     closing = jax.lax.cummin(jnp.where(closes & real, place, len(inner) - 1), reverse=True)
-    bits = flags[work.row, work.query, work.key]
+    tile = work.row, work.query, work.key
+    if ranges is not None:
+        records, numbers = ranges.records((3, 4) if by == "query" else (4, 3))
+        flags, squares = flags + numbers, records[tile][:, None]
+    bits = flags[tile]
     for flag, holds in ((FULL, work.full), (FIRST, work.first), (LAST, work.last), (OPENS, opens), (CLOSES, closes)):
         bits += flag * holds
-    return TileList(work.row, work.query << 16 | work.key, bits, inner[closing], work.size)
+    return TileList(work.row, work.query << 16 | work.key, bits, inner[closing], squares, work.size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,33 +270,73 @@ def dot(x: jax.Array, y: jax.Array, axes: tuple[int, int]) -> jax.Array:
 
 
 class Kind:
-    """The flags of a tile inside a kernel, as scalar conditions."""
+    """The flags of a tile inside a kernel, as scalar conditions and numbers of squares."""
 
     def __init__(self, flags: jax.Array) -> None:
-        bits = (flags & bit != 0 for bit in (FULL, FIRST, LAST, DIRTY, IRREGULAR, OPENS, CLOSES, FEW))
-        self.full, self.first, self.last, self.dirty, self.irregular, self.opens, self.closes, self.few = bits
-        self.lowest = flags >> _LOWEST
+        bits = (flags & bit != 0 for bit in (FULL, FIRST, LAST, DIRTY, IRREGULAR, OPENS, CLOSES))
+        self.full, self.first, self.last, self.dirty, self.irregular, self.opens, self.closes = bits
+        self.many = flags >> _MANY & 0xFF
+        self.seen = flags >> _SEEN
+        self.plain = self.full & ~self.irregular
+
+
+class Squares:
+    """The squares of 128 × 128 pairs of a tile inside a kernel, with the range of their time buckets.
+
+    Record i in scalar memory tells the lowest and highest bucket of square i in the order of rows, and which square is
+    the i-th by kind: first those with many buckets, then those with few, then those with nothing visible.
+    """
+
+    def __init__(self, records: Any, kind: Kind, block: int) -> None:
+        self.records, self.kind, self.side = records, kind, block // LANES
+
+    def range(self, square: Any) -> tuple[jax.Array, jax.Array]:
+        """The lowest and highest bucket of a square, scalars."""
+        record = self.records[0, square]
+        return record & 127, record >> _HIGHEST & 127
+
+    def each(self, begin: Any, end: Any, visit: Callable[[Any, jax.Array], None], together: int = 1) -> None:
+        """Calls visit(place in the tile, square) for squares ``begin`` to ``end`` by kind.
+
+        As many as ``together`` in one turn, so that one fills the other's waits; what is left over, one by one.
+        """
+
+        def turn(number: jax.Array, size: int) -> None:
+            for more in range(size):
+                square = self.records[0, number + more] >> _ORDER
+                starts = square >> (self.side.bit_length() - 1), square & (self.side - 1)
+                visit(tuple(pl.ds(pl.multiple_of(start * LANES, LANES), LANES) for start in starts), square)
+
+        whole: Any = 0
+        if 1 < together <= self.side**2:
+            whole = jax.lax.div(end - begin, together)
+            jax.lax.fori_loop(0, whole, lambda i, _: turn(begin + i * together, together), None)
+        jax.lax.fori_loop(begin + whole * together, end, lambda i, _: turn(i, 1), None)
+
+    def each_many(self, visit: Callable[[Any, jax.Array], None], together: int = 1) -> None:
+        self.each(0, self.kind.many, visit, together)
+
+    def each_few(self, visit: Callable[[Any, jax.Array], None]) -> None:
+        self.each(self.kind.many, self.kind.seen, visit)
+
+    def each_seen(self, visit: Callable[[Any, jax.Array], None], together: int) -> None:
+        self.each(0, self.kind.seen, visit, together)
 
 
 def each_kind(call: Call, kind: Kind, fill: Callable[..., None], attend: Callable[..., None]) -> None:
-    """Runs fill(masked, regular, few) and attend(masked, dirty) as the kind of tile needs them."""
-    plain = kind.full & ~kind.irregular
+    """Runs fill(masked, regular) and attend(masked, dirty) as the kind of tile needs them."""
 
-    def whole(few: bool) -> None:
+    @pl.when(kind.plain)
+    def _():
         if call.biased:
-            fill(masked=False, regular=True, few=few)
+            fill(masked=False, regular=True)
         attend(masked=False, dirty=False)
 
-    if call.buckets:
-        pl.when(plain & kind.few)(lambda: whole(True))
-        pl.when(plain & ~kind.few)(lambda: whole(False))
-    else:
-        pl.when(plain)(lambda: whole(False))
-    pl.when(~plain & ~kind.irregular)(lambda: fill(masked=True, regular=True, few=False))
+    pl.when(~kind.plain & ~kind.irregular)(lambda: fill(masked=True, regular=True))
     if call.positions:
-        pl.when(kind.irregular)(lambda: fill(masked=True, regular=False, few=False))
-    pl.when(~plain & ~kind.dirty)(lambda: attend(masked=True, dirty=False))
-    pl.when(~plain & kind.dirty)(lambda: attend(masked=True, dirty=True))
+        pl.when(kind.irregular)(lambda: fill(masked=True, regular=False))
+    pl.when(~kind.plain & ~kind.dirty)(lambda: attend(masked=True, dirty=False))
+    pl.when(~kind.plain & kind.dirty)(lambda: attend(masked=True, dirty=True))
 
 
 def tile_bytes(call: Call) -> int:
@@ -311,6 +384,11 @@ class BlockSpecs:
     def key_fields(self) -> pl.BlockSpec:
         shape = (None, _FIELDS, self.call.block)
         return pl.BlockSpec(shape, lambda group, step, row, blocks, *_: (row[step], 0, blocks[step] & 0xFFFF))
+
+    def squares(self) -> pl.BlockSpec:
+        """The records of a tile's squares."""
+        shape = (None, 1, (self.call.block // LANES) ** 2)
+        return pl.BlockSpec(shape, lambda group, step, *_: (step, 0, 0), memory_space=pltpu.SMEM)
 
     def whole(self, table: jax.Array) -> pl.BlockSpec:
         """All of a table; vectors go to scalar memory."""

@@ -21,7 +21,8 @@ from kernels_pallas.hstu_attention import (
     plan,
 )
 from kernels_pallas.hstu_attention import mosaic_tpu_tiles as tiles
-from kernels_pallas.hstu_attention.buckets import bucket_formula, thresholds
+from kernels_pallas.hstu_attention.buckets import bucket_formula, thresholds, time_bucket
+from kernels_pallas.hstu_attention.tokens import attributes, visible
 from tests.kernels.attention_cases import ALPHA, MAX_LEN, relative_error
 from tests.kernels.attention_suite import HSTUSuite
 
@@ -129,20 +130,55 @@ def test_any_tokens_as_the_reference_has_them():
 
 @BIASES
 def test_blocks_of_several_squares_and_groups_of_heads(monkeypatch, position, time):
-    """One table at a time, blocks of 256 tokens, two groups of heads; full tiles with few time buckets and many."""
+    """One table at a time, blocks of 256 tokens, two groups of heads; squares with few time buckets, with many and both
+    kinds in one full tile."""
     monkeypatch.setattr(tiles, "block_size", lambda length: 256)
     monkeypatch.setattr(mosaic_tpu, "_GROUP", 1)
     length = 770
     stamps = np.cumsum(np.random.default_rng(0).choice([1, 900, 40_000], (1, length)), axis=1)
     tokens = padded_tokens(jnp.array([length - 1]), length, timestamps=jnp.asarray(stamps, jnp.int32))
-    flags = np.asarray(tiles.prepare(tokens, POSITIONS, TIME_BUCKETS).by_query.flags)
-    full = flags[flags & tiles.FULL > 0]
-    assert {bool(f & tiles.FEW) for f in full} == {False, True}
+    kind = tiles.Kind(np.asarray(tiles.prepare(tokens, POSITIONS, TIME_BUCKETS).by_query.flags))
+    assert {(many > 0, many < seen) for many, seen in zip(kind.many[kind.full], kind.seen[kind.full])} == {
+        (False, True),
+        (True, True),
+    }
+    assert (kind.many == 3).any()  # on the diagonal, where the fourth square is hidden
     rng = np.random.default_rng(1)
     inputs = [rng.normal(size=(1, length, 2, 128)) for _ in range(4)]
     inputs = [jnp.asarray(x, jnp.float32) for x in [*inputs, rng.normal(size=2 * 400 - 1), rng.normal(size=129)]]
     tables = {"position": position, "time": time}
     assert_near(run(inputs, tokens, **tables), exact(inputs, tokens, **tables), 2e-6)
+
+
+def test_bucket_ranges_of_squares_hold_every_visible_pair_and_no_padding():
+    length, block = 600, 256
+    tokens = general_tokens(length)
+    queries, keys = attributes(tokens)
+    ranges = tiles._bucket_ranges(queries, keys, block)
+    side = -(-length // block) * block
+    pad = [(0, 0), *[(0, side - length)] * 2]
+    seen = np.pad(visible(tokens), pad)
+    bucket = np.pad(time_bucket(queries.time[:, :, None], keys.time[:, None]), pad)
+
+    def squares(x, reduce):
+        """[B, side, side] -> [B, blocks, blocks, squares, squares]."""
+        squares = reduce(x.reshape(2, side // 128, 128, side // 128, 128), axis=(2, 4))
+        return squares.reshape(2, side // block, 2, side // block, 2).swapaxes(2, 3)
+
+    lowest = squares(np.where(seen, bucket, 127), np.min)
+    highest = squares(np.where(seen, bucket, -1), np.max)
+    some = squares(seen, np.any)
+    assert np.asarray(ranges.seen)[some].all()
+    assert not np.asarray(ranges.seen).all()
+    assert (np.asarray(ranges.lowest) <= lowest)[some].all()
+    assert (np.asarray(ranges.highest) >= highest)[some].all()
+    padding = tokens.segment == 0
+    want = tiles.prepare(tokens, 0, TIME_BUCKETS)
+    for extreme in (-(2**31), 2**31 - 1):
+        query_time, key_time = (jnp.where(padding, extreme, time) for time in (tokens.query_time, tokens.key_time))
+        got = tiles.prepare(tokens._replace(query_time=query_time, key_time=key_time), 0, TIME_BUCKETS)
+        np.testing.assert_array_equal(got.by_query.squares, want.by_query.squares)
+        np.testing.assert_array_equal(got.by_key.squares, want.by_key.squares)
 
 
 def test_time_buckets_at_every_threshold():

@@ -92,19 +92,31 @@ def test_a_loop_of_unknown_length_counts_once_and_is_noted(loop):
     assert read(loop).branches[1] == llo.Branch(bundles=9, cycles=12, matmuls=2, loops=1)
 
 
+def test_a_region_without_an_end_stops_where_the_next_one_starts():
+    def region(parent, *bundles):
+        return llo.Region(parent, "pred_region", None, (0, 0), bundles)
+
+    regions = {0: region(-1, 0, -1), 1: region(0, 10, -1), 2: region(1, 20, 30), 3: region(0, 32, 50)}
+    assert [region.bundles for region in llo._ended(regions, 60).values()] == [(0, 60), (10, 32), (20, 30), (32, 50)]
+
+
 def case_of(target="v5e", backward=False, bias=False, length=2048, dim=128, heads=4):
     return Case(target, backward, bias, length, dim, heads)
 
 
-def branch(bundles, matmuls=0):
-    return llo.Branch(bundles, bundles + 50, matmuls, loops=0)
+def branch(bundles, matmuls=0, loops=0):
+    return llo.Branch(bundles, bundles + 50, matmuls, loops)
 
 
 def kernel_of(full, matmuls, vmem=2**20, bias=False):
-    """A forward kernel whose full tiles take ``full`` bundles, 50 less with few buckets, 140 more with a mask."""
+    """A forward kernel whose full tiles take ``full`` bundles, 140 more with a mask.
+
+    Two squares with many buckets take 150, one takes 80, one with few 30.
+    """
     step, first, last = branch(10), branch(30), branch(20)
-    few = [branch(full - 60, matmuls)] * bias
-    tiles = [*few, branch(full - 10, matmuls), branch(40), *[branch(500)] * bias, *[branch(full + 90, matmuls)] * 2]
+    many, few = [branch(150, loops=1), branch(80, loops=1)] * bias, [branch(30, loops=1)] * bias
+    fills = [branch(40), *[branch(500)] * bias]
+    tiles = [*many, branch(full - 10, matmuls), *few, *fills, *[branch(full + 90, matmuls)] * 2]
     return llo.Kernel("hstu_forward.1", vmem, 3 * full, step, (first, *tiles, last))
 
 
@@ -120,9 +132,12 @@ def test_cost_is_per_512_tile_and_head_whatever_a_step_covers():
     four = tpu_compile.tile_costs(case, [kernel_of(4000, 4 * 256)])
     assert one["full"] == (1000, 1100, 0)
     assert one["edge"].bundles == 1140
-    assert "few" not in one
+    assert set(one) == {"full", "edge"}
     assert four["full"].bundles == 1000
-    assert tpu_compile.tile_costs(case_of(bias=True), [kernel_of(1000, 256, bias=True)])["few"].bundles == 950
+    biased = tpu_compile.tile_costs(case_of(bias=True), [kernel_of(1000, 256, bias=True)])
+    bundles = {kind: cost.bundles for kind, cost in biased.items()}
+    assert bundles == {"few": 1000, "one": 1080, "many": 1000 + 8 * 150, "edge": 1140 + 3 * 150 + 80 + 3 * 30}
+    assert not any(cost.loops for cost in biased.values())
 
 
 def test_a_kernel_with_other_branches_fails():
@@ -134,7 +149,7 @@ def test_a_kernel_with_other_branches_fails():
 
 
 def test_a_schedule_above_its_ceiling_and_a_full_memory_fail(monkeypatch):
-    monkeypatch.setattr(tpu_compile, "CEILINGS", {("v5e", 128): (1010, 0, 0, 0, 0, 0)})
+    monkeypatch.setattr(tpu_compile, "CEILINGS", {("v5e", 128): (1010, *[0] * 7)})
     at, above = (Result(case_of(), "", 1.0, (kernel_of(n, 256),)) for n in (1010, 1011))
     assert tpu_compile.complaint(at) == ""
     assert "ceiling is 1010" in tpu_compile.complaint(above)
@@ -180,7 +195,7 @@ def test_a_compiler_that_ends_loses_one_case(monkeypatch, tmp_path):
 
 def test_command_fails_and_writes_what_it_found(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(tpu_compile, "has_compiler", lambda: True)
-    monkeypatch.setattr(tpu_compile, "CEILINGS", {("v5e", 128): (1000, 1200, 1100, 0, 0, 0)})
+    monkeypatch.setattr(tpu_compile, "CEILINGS", {("v5e", 128): (1000, 1300, 1279, 2500, *[0] * 4)})
     costs = {False: 990, True: 1200}
     monkeypatch.setattr(
         tpu_compile,
@@ -196,7 +211,7 @@ def test_command_fails_and_writes_what_it_found(monkeypatch, tmp_path, capsys):
     plain, biased = json.loads(out.read_text())
     assert plain["tiles"]["full"]["bundles"] == 990
     assert plain["complaint"] == ""
-    assert biased["complaint"] == "a full tile takes 1200 bundles, the ceiling is 1100"
+    assert biased["complaint"] == "a one tile takes 1280 bundles, the ceiling is 1279"
     assert tpu_compile.main([*words, "plain", "--quiet"]) == 0
     assert tpu_compile.main(["--only", "v9"]) == 2
 
