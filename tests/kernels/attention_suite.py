@@ -74,18 +74,18 @@ class HSTUSuite:
 
     @pytest.mark.parametrize("name", case_names)
     def test_float32_error_is_bounded_by_the_dense_formula(self, name):
-        self.check(name, jnp.float32, position=True, time=True)
+        self.check_errors(name, jnp.float32, position=True, time=True)
 
     @pytest.mark.parametrize("name", case_names)
     def test_bfloat16_error_is_bounded_by_the_dense_formula(self, name):
-        self.check(name, jnp.bfloat16, position=False, time=False)
+        self.check_errors(name, jnp.bfloat16, position=False, time=False)
 
     @BIASES
     def test_each_table_alone(self, position, time):
         for dtype in self.dtypes:
-            self.check("targets", dtype, position=position, time=time)
+            self.check_errors("targets", dtype, position=position, time=time)
 
-    def check(self, name, dtype, *, position, time):
+    def check_errors(self, name, dtype, *, position, time):
         """At most twice (outputs) and five times (gradients) the error of the dense formula in the same precision."""
         if dtype not in self.dtypes:
             pytest.skip(f"{self.implementation} does not compute in {jnp.dtype(dtype).name}")
