@@ -6,6 +6,7 @@ process, so that a busy machine slows them alike; the ratio is the median of the
 
 import dataclasses
 import functools
+import itertools
 import multiprocessing
 import statistics
 import sys
@@ -19,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.bench.retrieval_step import SCHEMA, TRIAL, make_batch
-from genrec_jax.config import override
+from experiments.bench.retrieval_step import SCHEMA, make_batch
+from genrec_jax.config import default_trial, override
 from genrec_jax.train.estimate import abstract_model, init_params
 from genrec_jax.train.optimizer import make_optimizer
 from genrec_jax.train.step import init_state, make_step
@@ -29,6 +30,7 @@ from kernels_pallas.hstu_attention import TIME_BUCKETS, Tokens, hstu_attention, 
 HEADS, WIDTH = 2, 32
 LENGTHS = (512, 1024, 2048, 4096)
 MEMORY_LENGTHS = (4096, 16384)
+TRAINED = ("hstu_retrieval", "hstu", "dirl")
 DENSE_PAIRS = 2**24  # rows · T²; above it the reference's squares leave no room for the neighbours of a shared machine
 REPEATS = 5
 
@@ -143,15 +145,15 @@ def _peak_bytes() -> int:
     return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
 
 
-def _measure(what: Callable[[int], dict[str, float]], length: int, results: Any) -> None:
-    results.put(what(length))
+def _measure(what: Callable[..., dict[str, float]], arguments: tuple[Any, ...], results: Any) -> None:
+    results.put(what(*arguments))
 
 
-def in_fresh_process(what: Callable[[int], dict[str, float]], length: int) -> dict[str, float]:
-    """``what(length)`` in a process of its own, whose high-water mark of memory is its alone."""
+def in_fresh_process(what: Callable[..., dict[str, float]], *arguments: Any) -> dict[str, float]:
+    """``what(*arguments)`` in a process of its own, whose high-water mark of memory is its alone."""
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    process = context.Process(target=_measure, args=(what, length, results))
+    process = context.Process(target=_measure, args=(what, arguments, results))
     process.start()
     found: dict[str, float] = results.get()
     process.join()
@@ -172,14 +174,22 @@ def attention_memory(length: int) -> dict[str, float]:
     }
 
 
-def training_step(history: int) -> dict[str, float]:
-    """A training step of HSTU retrieval (2 layers, width 64, 2 heads) on one row of ``history`` events."""
-    values = {"data.history": history, "model.width": 64, "model.depth": 2, "train.batch_rows": 1, "train.pieces": 1}
-    trial = override(TRIAL, values)
+def training_step(model: str, history: int) -> dict[str, float]:
+    """A step of a model (2 layers, width 64, 2 heads) on one row of ``history`` events; a ranker has one task."""
+    schema = dataclasses.replace(SCHEMA, tasks=() if model == "hstu_retrieval" else ("click",))
+    values = {
+        "data.history": history,
+        "data.candidates": 1,
+        "model.width": 64,
+        "model.depth": 2,
+        "model.heads": 2,
+        "train.batch_rows": 1,
+    }
+    trial = override(default_trial(model), values)
     optimizer = make_optimizer(trial.train, 1000)
-    state = init_state(init_params(trial, SCHEMA), optimizer, 0)
-    advance = make_step(abstract_model(trial, SCHEMA), optimizer)
-    batch = make_batch(jax.random.key(1), rows=1, length=history)
+    state = init_state(init_params(trial, schema), optimizer, 0)
+    advance = make_step(abstract_model(trial, schema), optimizer)
+    batch = make_batch(jax.random.key(1), rows=1, length=history, tasks=len(schema.tasks))
     times = []
     for round_ in range(4):  # the first round compiles
         start = time.perf_counter()
@@ -193,12 +203,12 @@ def training_step(history: int) -> dict[str, float]:
 
 @dataclasses.dataclass
 class Found:
-    """What has been measured so far; memory and training by length."""
+    """What has been measured so far; memory by length, training by model and length."""
 
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     packed: dict[str, float] = dataclasses.field(default_factory=dict)
     memory: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)
-    training: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)
+    training: dict[tuple[str, int], dict[str, float]] = dataclasses.field(default_factory=dict)
 
 
 def run(found: Found) -> Iterator[str]:
@@ -222,10 +232,10 @@ def run(found: Found) -> Iterator[str]:
             f"N={length:,}, both biases, own process: temporaries {row['temporary_mib']:.0f} MiB, "
             f"resident memory up by {row['rise_mib']:.0f} MiB to {row['peak_mib']:.0f} MiB, {row['seconds']:.1f} s"
         )
-    for length in MEMORY_LENGTHS:
-        found.training[length] = row = in_fresh_process(training_step, length)
+    for model, length in itertools.product(TRAINED, MEMORY_LENGTHS):
+        found.training[model, length] = row = in_fresh_process(training_step, model, length)
         yield (
-            f"training step, 2 layers, width 64, one history of {length:,} events: {row['seconds']:.1f} s, "
+            f"training step of {model}, 2 layers, width 64, one history of {length:,} events: {row['seconds']:.1f} s, "
             f"peak {row['peak_mib'] / 1024:.2f} GiB resident"
         )
 

@@ -43,12 +43,13 @@ TRIAL = override(
 )
 
 
-def make_batch(key: jax.Array, rows: int = ROWS, length: int = LENGTH) -> Batch:
-    """Random items in full rows, and times whose gaps spread from seconds to months."""
-    items_key, gaps_key = jax.random.split(key)
+def make_batch(key: jax.Array, rows: int = ROWS, length: int = LENGTH, tasks: int = 0) -> Batch:
+    """Random items and labels in full rows, and times whose gaps spread from seconds to months."""
+    items_key, gaps_key, labels_key = jax.random.split(key, 3)
     item = jax.random.randint(items_key, (rows, length + 1), 1, ITEMS + 1)
     seconds = jnp.exp(3 * jax.random.normal(gaps_key, item.shape) + 4).clip(max=1e6).astype(jnp.int32).cumsum(axis=1)
-    ones, labels = jnp.ones_like(item), jnp.zeros((*item.shape, 0), jnp.uint8)
+    ones = jnp.ones_like(item)
+    labels = jax.random.bernoulli(labels_key, shape=(*item.shape, tasks)).astype(jnp.uint8)
     place = ones.cumsum(axis=1) - 1
     past, last = slice(None, -1), slice(-1, None)
     seen, real = seconds[:, past], ones[:, past]

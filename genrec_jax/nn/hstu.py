@@ -8,7 +8,7 @@ from genrec_jax.nn.basic import LayerNorm, Linear
 from genrec_jax.nn.cost import Cost, total
 from genrec_jax.nn.position import RelativeBias
 from kernels_pallas.gated_norm import gated_norm
-from kernels_pallas.hstu_attention import Plan, hstu_attention
+from kernels_pallas.hstu_attention import Columns, Plan, hstu_attention
 
 
 class HSTUBlock(nnx.Module):
@@ -59,13 +59,14 @@ class HSTUBlock(nnx.Module):
         )
         return self.merge(x, gate, attended, rngs=rngs)
 
-    def projections(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """x [..., T, D] -> U [..., T, H * Dv] and V, Q, K [..., T, H, Dv or Dqk]."""
+    def projections(self, x: jax.Array) -> tuple[jax.Array, Columns, Columns, Columns]:
+        """x [..., T, D] -> U [..., T, H * Dv] and V, Q, K [..., T, H, Dv or Dqk], columns of one array."""
         mixed = jax.nn.silu(self.project(self.norm(x)))
-        ends = (self.values, 2 * self.values, 2 * self.values + self.keys)
-        u, v, q, k = jnp.split(mixed, ends, axis=-1)
-        v, q, k = (part.reshape(*part.shape[:-1], self.heads, -1) for part in (v, q, k))
-        return u, v, q, k
+        value, key = self.values // self.heads, self.keys // self.heads
+        v = Columns(mixed, self.values, self.heads, value)
+        q = Columns(mixed, 2 * self.values, self.heads, key)
+        k = Columns(mixed, 2 * self.values + self.keys, self.heads, key)
+        return mixed[..., : self.values], v, q, k
 
     def merge(self, x: jax.Array, gate: jax.Array, attended: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
         """x [..., T, D], U [..., T, H * Dv], A V [..., T, H, Dv] -> the block's output [..., T, D]."""

@@ -1,7 +1,6 @@
 """Pallas TPU kernels: each array passes the memory once.
 
-XLA makes several passes of the same formula: by its compiler's count 209 MiB forward and 337 backward, where these read
-and write 48 and 80 (v5e, 16,384 rows of 512 in bfloat16, no dropout; counted, not timed).
+XLA makes several passes of the same formula: statistics, normalisation, gate.
 """
 
 import functools

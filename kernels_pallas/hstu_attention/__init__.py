@@ -9,12 +9,14 @@ from kernels_pallas.hstu_attention.api import (
 )
 from kernels_pallas.hstu_attention.buckets import TIME_BUCKETS, time_bucket
 from kernels_pallas.hstu_attention.cached import hstu_attention_cached, split_tokens
+from kernels_pallas.hstu_attention.columns import Columns
 from kernels_pallas.hstu_attention.plan import Plan
 from kernels_pallas.hstu_attention.tokens import Tokens, jagged_tokens, padded_tokens, visible
 
 __all__ = [
     "BACKENDS",
     "TIME_BUCKETS",
+    "Columns",
     "Plan",
     "Tokens",
     "hstu_attention",

@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from kernels_pallas.hstu_attention.columns import Columns, heads_apart
 from kernels_pallas.hstu_attention.plan import Plan
 from kernels_pallas.hstu_attention.tokens import Tokens, jagged_tokens, padded_tokens
 from kernels_pallas.hstu_attention.varying import varying_like
 
 # A backend is a module with `prepare(tokens, positions, buckets)`, run once per plan, and the operations `hstu` and
-# `softmax`; an operation raises NotImplementedError, with the reason, for a call it cannot serve.
+# `softmax`; an operation raises NotImplementedError, with the reason, for a call it cannot serve. A backend with
+# READS_COLUMNS is given `Columns` as they are.
 BACKENDS: dict[str, str] = {
     "reference": "kernels_pallas.hstu_attention.reference",
     "xla": "kernels_pallas.hstu_attention.xla",
@@ -25,9 +28,9 @@ Implementation = str | Sequence[str] | None
 
 
 def hstu_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: jax.Array | Columns,
+    k: jax.Array | Columns,
+    v: jax.Array | Columns,
     offsets: jax.Array | Tokens | Plan,
     *,
     max_len: float,
@@ -47,7 +50,7 @@ def hstu_attention(
 
     Args:
       q, k: packed sequences [T, H, Dqk], or rows [B, T, H, Dqk] when ``offsets`` is `Tokens` or a `Plan`; float32,
-        bfloat16 or float64; products accumulate in at least float32.
+        bfloat16 or float64; products accumulate in at least float32. `Columns` are read where they lie.
       v: as q, with Dv.
       offsets: int [B + 1], where the packed sequences begin and end; or the attributes of tokens in rows [B, T]; or
         the `Plan` made from either once for all layers of a step.
@@ -60,7 +63,7 @@ def hstu_attention(
       implementation: a name of `BACKENDS` to insist on, a sequence of names to try in order, None for the best here.
 
     Returns:
-      As v, in its dtype.
+      An array of v's shape and dtype.
 
     Raises:
       ValueError: shapes that do not fit, a plan made for other tables, or an unknown backend.
@@ -86,13 +89,14 @@ def hstu_attention(
         context_len=context_len,
         timestamps=timestamps,
     )
-    return _call("hstu", q[None], k[None], v[None], tokens, options, implementation)[0]
+    q, k, v = jax.tree.map(lambda x: x[None], (q, k, v))
+    return _call("hstu", q, k, v, tokens, options, implementation)[0]
 
 
 def hstu_attention_padded(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: jax.Array | Columns,
+    k: jax.Array | Columns,
+    v: jax.Array | Columns,
     lengths: jax.Array,
     *,
     max_len: float,
@@ -196,9 +200,9 @@ def _backend(name: str) -> Any:
 
 def _call(
     operation: str,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: jax.Array | Columns,
+    k: jax.Array | Columns,
+    v: jax.Array | Columns,
     tokens: Tokens | Plan,
     options: dict[str, Any],
     implementation: Implementation,
@@ -206,6 +210,9 @@ def _call(
     """Checks the arguments and calls the first backend that can serve; a name insists on one."""
     if q.ndim != 4 or q.shape != k.shape or v.ndim != 4 or v.shape[:3] != q.shape[:3]:
         raise ValueError(f"expected q and k [B, T, H, Dqk] and v [B, T, H, Dv], got {q.shape}, {k.shape}, {v.shape}")
+    for x in (q, k, v):
+        if isinstance(x, Columns) and not 0 <= x.start <= x.array.shape[-1] - x.lanes:
+            raise ValueError(f"columns {x.start} to {x.start + x.lanes} of an array of {x.array.shape[-1]}")
     position_bias, time_bias = options["position_bias"], options["time_bias"]
     if position_bias is not None and (position_bias.ndim != 1 or position_bias.shape[0] % 2 == 0):
         raise ValueError(f"position_bias must have an odd length 2n - 1, got shape {position_bias.shape}")
@@ -224,15 +231,22 @@ def _call(
         )
     if given.tokens.segment.shape != q.shape[:2]:
         raise ValueError(f"tokens are {given.tokens.segment.shape}, q is {q.shape}")
-    if v.size == 0:
-        return jax.numpy.zeros_like(v)
+    if 0 in v.shape:
+        return jnp.zeros(v.shape, v.dtype)
     shared = {"position_bias": position_bias, "time_bias": time_bias}
-    shared = {name: x if x is None else varying_like(x, q, given.tokens.segment) for name, x in shared.items()}
+    shared = {
+        name: x if x is None else varying_like(x, *jax.tree.leaves(q), given.tokens.segment)
+        for name, x in shared.items()
+    }
     return _first_that_can(operation, names, (q, k, v), given, options | shared)
 
 
 def _first_that_can(
-    operation: str, names: tuple[str, ...], qkv: tuple[jax.Array, ...], given: Plan, options: dict[str, Any]
+    operation: str,
+    names: tuple[str, ...],
+    qkv: tuple[jax.Array | Columns, ...],
+    given: Plan,
+    options: dict[str, Any],
 ) -> jax.Array:
     reasons = []
     for name in names:
@@ -243,8 +257,9 @@ def _first_that_can(
         if name not in given.prepared:
             extra = {name: backend.prepare(given.tokens, given.positions, given.buckets)}
             given = dataclasses.replace(given, prepared=given.prepared | extra)
+        readable = qkv if hasattr(backend, "READS_COLUMNS") else map(heads_apart, qkv)
         try:
-            return getattr(backend, operation)(*qkv, given, **options)
+            return getattr(backend, operation)(*readable, given, **options)
         except NotImplementedError as reason:
             reasons.append(f"{name}: {reason}")
     raise NotImplementedError(f"no backend can serve this {operation} attention: " + "; ".join(reasons))

@@ -1,7 +1,7 @@
 """HSTU attention on TPU: Pallas kernels over a list of non-empty tiles, a group of heads per step.
 
-q, k and v are read where they lie, as [B, T, H · D]; a step of the grid takes one tile for all heads of a group, so
-that mask and bias are worked out once for them.
+q, k and v are read where they lie, as columns of [B, T, C]; a step of the grid takes one tile for all heads of a group,
+so that mask and bias are worked out once for them.
 """
 
 import functools
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.hstu_attention import mosaic_tpu_tiles as tiles
+from kernels_pallas.hstu_attention.columns import Columns, alone, flat
 from kernels_pallas.hstu_attention.mosaic_tpu_backward import backward
 from kernels_pallas.hstu_attention.mosaic_tpu_backward import vmem_bytes as backward_bytes
 from kernels_pallas.hstu_attention.mosaic_tpu_forward import forward
@@ -20,14 +21,15 @@ from kernels_pallas.hstu_attention.mosaic_tpu_tiles import LANES, Call, Prepared
 from kernels_pallas.hstu_attention.plan import Plan
 
 prepare = tiles.prepare
+READS_COLUMNS = True
 _TILES_LIMIT = 2**15  # entries of a work list: four int32 each take half of the scalar memory
 _GROUP = 4  # heads per step
 
 
 def hstu(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: jax.Array | Columns,
+    k: jax.Array | Columns,
+    v: jax.Array | Columns,
     plan: Plan,
     *,
     divisor: float,
@@ -38,7 +40,7 @@ def hstu(
     """See `api.hstu_attention`. Visible pairs must be less than 2³¹ seconds apart."""
     if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(f"takes bfloat16 or float32 throughout, got {q.dtype}, {k.dtype}, {v.dtype}")
-    batch, length, heads, dqk = q.shape
+    _, length, heads, dqk = q.shape
     prepared = plan.prepared["mosaic_tpu"]
     if len(prepared.by_query.row) > _TILES_LIMIT:
         raise NotImplementedError(
@@ -47,7 +49,9 @@ def hstu(
     call = Call(
         block=tiles.block_size(length),
         blocks=-(-length // tiles.block_size(length)),
+        heads=heads,
         group=heads,
+        starts=(0, 0, 0),
         dqk=dqk,
         dv=v.shape[3],
         itemsize=q.dtype.itemsize,
@@ -56,9 +60,17 @@ def hstu(
         positions=0 if position_bias is None else (position_bias.shape[0] + 1) // 2,
         buckets=0 if time_bias is None else time_bias.shape[0],
     )
-    calls = tuple(_grouped(call, vmem_bytes) for vmem_bytes in (forward_bytes, backward_bytes))
-    flat = (x.reshape(batch, length, -1) for x in (q, k, v))
-    return _attend(calls, *flat, position_bias, time_bias, prepared).reshape(v.shape)
+    calls = [_grouped(call, vmem_bytes) for vmem_bytes in (forward_bytes, backward_bytes)]
+    views = [_readable(flat(x), calls) for x in (q, k, v)]
+    starts = views[0].start, views[1].start, views[2].start
+    placed = calls[0]._replace(starts=starts), calls[1]._replace(starts=starts)
+    return _attend(placed, *(x.array for x in views), position_bias, time_bias, prepared).reshape(v.shape)
+
+
+def _readable(x: Columns, calls: list[Call]) -> Columns:
+    """The columns where they lie, if they are whole blocks of each call's groups of heads; else on their own."""
+    blocks = [call.group * x.width for call in calls]
+    return x if all(lanes % LANES == 0 and x.start % lanes == 0 for lanes in blocks) else alone(x)
 
 
 def _grouped(call: Call, vmem_bytes: Callable[[Call], int]) -> Call:
@@ -90,7 +102,7 @@ def _attend(
     time_bias: jax.Array | None,
     prepared: Prepared,
 ) -> jax.Array:
-    """Attention of q, k [B, T, H · Dqk] and v [B, T, H · Dv]; ``calls`` of the forward and the backward pass."""
+    """Attention of columns of q, k and v [B, T, C]: [B, T, H · Dv]; ``calls`` of the forward and the backward pass."""
     return forward(calls[0], q, k, v, position_bias, time_bias, prepared)
 
 
@@ -101,7 +113,14 @@ def _attend_forward(calls: tuple[Call, Call], *arrays: Any) -> tuple[jax.Array, 
 def _attend_backward(
     calls: tuple[Call, Call], arrays: tuple[Any, ...], d_out: jax.Array
 ) -> tuple[jax.Array | None, ...]:
-    return *backward(calls[1], d_out, *arrays), None
+    dq, dk, dv, d_position, d_time = backward(calls[1], d_out, *arrays)
+    placed = (_placed(d, x.shape[2], start) for d, x, start in zip((dq, dk, dv), arrays, calls[1].starts))
+    return *placed, d_position, d_time, None
+
+
+def _placed(gradient: jax.Array, width: int, start: int) -> jax.Array:
+    """The gradient [B, T, width] of an array, from that of the columns [B, T, H · D] read of it."""
+    return jnp.pad(gradient, ((0, 0), (0, 0), (start, width - start - gradient.shape[2])))
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

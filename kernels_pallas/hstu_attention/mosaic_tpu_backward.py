@@ -136,11 +136,11 @@ def backward(
     position_bias: jax.Array | None,
     time_bias: jax.Array | None,
     prepared: Prepared,
-) -> tuple[jax.Array | None, ...]:
-    """Gradients of q, k, v and of both tables, given that of the output [B, T, H · Dv]."""
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
+    """Gradients of the heads of q, k, v [B, T, H · D] and of both tables, given that of the output [B, T, H · Dv]."""
     tables, tree = jax.tree.flatten(make_tables(position_bias, time_bias, call.block, by_key=True))
     work, at = prepared.by_key, tiles.BlockSpecs(call)
-    groups, block = at.groups(v), call.block
+    groups, block = at.groups, call.block
     square = pltpu.VMEM((block, block), jnp.float32)
     dq, dk, dv, *sums = pl.pallas_call(
         functools.partial(_kernel, call, tree),
@@ -148,9 +148,9 @@ def backward(
             num_scalar_prefetch=4,
             grid=(groups, work.steps),
             in_specs=[
-                at.query(call.dqk),
-                at.key(call.dqk),
-                at.key(call.dv),
+                at.query(call.dqk, call.starts[0]),
+                at.key(call.dqk, call.starts[1]),
+                at.key(call.dv, call.starts[2]),
                 at.query(call.dv),
                 at.query_fields(),
                 at.key_fields(),
@@ -174,7 +174,7 @@ def backward(
             ],
         ),
         out_shape=[
-            *(tiles.like(x) for x in (q, k, v)),
+            *(tiles.like(x, (*x.shape[:2], call.heads * d)) for x, d in ((q, call.dqk), (k, call.dqk), (v, call.dv))),
             *(tiles.like(v, (groups, *shape), jnp.float32) for shape in _table_shapes(call)),
         ],
         compiler_params=tiles.compiler_params(),

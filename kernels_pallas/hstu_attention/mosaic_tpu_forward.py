@@ -74,18 +74,18 @@ def forward(
     time_bias: jax.Array | None,
     prepared: Prepared,
 ) -> jax.Array:
-    """Output [B, T, H · Dv] of q, k [B, T, H · Dqk] and v [B, T, H · Dv]."""
+    """Output [B, T, H · Dv] of the heads at ``call.starts`` of q, k and v [B, T, columns]."""
     tables, tree = jax.tree.flatten(make_tables(position_bias, time_bias, call.block, by_key=False))
     work, at = prepared.by_query, tiles.BlockSpecs(call)
     return pl.pallas_call(
         functools.partial(_kernel, call, tree),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
-            grid=(at.groups(v), work.steps),
+            grid=(at.groups, work.steps),
             in_specs=[
-                at.query(call.dqk),
-                at.key(call.dqk),
-                at.key(call.dv),
+                at.query(call.dqk, call.starts[0]),
+                at.key(call.dqk, call.starts[1]),
+                at.key(call.dv, call.starts[2]),
                 at.query_fields(),
                 at.key_fields(),
                 *([at.squares()] * bool(call.buckets)),
@@ -98,7 +98,7 @@ def forward(
                 pltpu.VMEM((tiles.QUERY_FIELDS, call.block, LANES), jnp.int32),
             ],
         ),
-        out_shape=tiles.like(v),
+        out_shape=tiles.like(v, (*v.shape[:2], call.heads * call.dv)),
         compiler_params=tiles.compiler_params(),
         name="hstu_forward",
     )(*work[:4], q, k, v, prepared.queries, prepared.keys, *([work.squares] * bool(call.buckets)), *tables)

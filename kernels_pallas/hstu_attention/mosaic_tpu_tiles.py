@@ -38,7 +38,9 @@ class Call(NamedTuple):
     Attributes:
       block: tokens per block.
       blocks: blocks per row.
+      heads: of the whole call.
       group: heads per step.
+      starts: of the heads of q, k and v, the first column in their arrays; a multiple of a group's columns.
       dqk, dv: of one head.
       itemsize: bytes of an element of q.
       alpha, divisor: see `api.hstu_attention`.
@@ -48,7 +50,9 @@ class Call(NamedTuple):
 
     block: int
     blocks: int
+    heads: int
     group: int
+    starts: tuple[int, int, int]
     dqk: int
     dv: int
     itemsize: int
@@ -355,27 +359,35 @@ def like(x: jax.Array, shape: tuple[int, ...] | None = None, dtype: Any = None) 
 
 
 class BlockSpecs:
-    """Which block of each array a step takes; index maps take (group, step, row, blocks, flags, closing)."""
+    """Which block of each array a step takes; index maps take (group, step, row, blocks, flags, closing).
+
+    ``start`` is the first column of the heads in their array.
+    """
 
     def __init__(self, call: Call) -> None:
         self.call = call
+        self.groups = call.heads // call.group
 
-    def groups(self, v: jax.Array) -> int:
-        return v.shape[2] // (self.call.group * self.call.dv)
-
-    def query(self, width: int) -> pl.BlockSpec:
+    def query(self, width: int, start: int = 0) -> pl.BlockSpec:
         """A query block of heads of ``width`` lanes."""
-        shape = (None, self.call.block, self.call.group * width)
-        return pl.BlockSpec(shape, lambda group, step, row, blocks, *_: (row[step], blocks[step] >> 16, group))
+        shape, first = self._heads(width, start)
+        return pl.BlockSpec(shape, lambda group, step, row, blocks, *_: (row[step], blocks[step] >> 16, first + group))
 
-    def key(self, width: int) -> pl.BlockSpec:
-        shape = (None, self.call.block, self.call.group * width)
-        return pl.BlockSpec(shape, lambda group, step, row, blocks, *_: (row[step], blocks[step] & 0xFFFF, group))
+    def key(self, width: int, start: int = 0) -> pl.BlockSpec:
+        shape, first = self._heads(width, start)
+        return pl.BlockSpec(
+            shape, lambda group, step, row, blocks, *_: (row[step], blocks[step] & 0xFFFF, first + group)
+        )
 
     def closing(self, width: int) -> pl.BlockSpec:
         """The inner block that is finished next."""
-        shape = (None, self.call.block, self.call.group * width)
+        shape, _ = self._heads(width, 0)
         return pl.BlockSpec(shape, lambda group, step, row, blocks, flags, closing: (row[step], closing[step], group))
+
+    def _heads(self, width: int, start: int) -> tuple[tuple[int | None, int, int], int]:
+        """Shape of a block of a group's heads, and the number of the first one."""
+        lanes = self.call.group * width
+        return (None, self.call.block, lanes), start // lanes
 
     def query_fields(self) -> pl.BlockSpec:
         shape = (None, _FIELDS, self.call.block)

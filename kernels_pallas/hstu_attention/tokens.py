@@ -143,14 +143,10 @@ def jagged_tokens(
     length = offsets[b + 1] - offsets[b]
     place = index - offsets[b]
     targets = jnp.zeros_like(length) if num_targets is None else num_targets.astype(jnp.int32)[b]
-    query_time = key_time = jnp.zeros(total, jnp.int32)
-    if timestamps is not None:
-        key_time = timestamps.astype(jnp.int32)
-        following = jnp.concatenate([key_time[1:], key_time[-1:]])
-        query_time = jnp.where((place + 1 < length) & (place < length - targets), following, key_time)
+    times = _times(timestamps, place, length, targets)
     fields = _sequence_fields(place, length, targets, window=window, full_len=full_len, context_len=context_len)
     segment = jnp.where(real, b + 1, 0)
-    return jax.tree.map(lambda x: x[None], Tokens(segment, fields[0], query_time, key_time, *fields[1:]))
+    return jax.tree.map(lambda x: x[None], Tokens(segment, fields[0], *times, *fields[1:]))
 
 
 def padded_tokens(
@@ -170,14 +166,21 @@ def padded_tokens(
     place = jnp.broadcast_to(jnp.arange(longest, dtype=jnp.int32), (lengths.shape[0], longest))
     length = lengths.astype(jnp.int32)[:, None]
     targets = jnp.zeros_like(length) if num_targets is None else num_targets.astype(jnp.int32)[:, None]
-    query_time = key_time = jnp.zeros_like(place)
-    if timestamps is not None:
-        key_time = timestamps.astype(jnp.int32)
-        following = jnp.concatenate([key_time[:, 1:], key_time[:, -1:]], axis=1)
-        query_time = jnp.where((place + 1 < length) & (place < length - targets), following, key_time)
+    times = _times(timestamps, place, length, targets)
     fields = _sequence_fields(place, length, targets, window=window, full_len=full_len, context_len=context_len)
     segment = (place < length).astype(jnp.int32)
-    return Tokens(segment, fields[0], query_time, key_time, *fields[1:])
+    return Tokens(segment, fields[0], *times, *fields[1:])
+
+
+def _times(
+    timestamps: jax.Array | None, place: jax.Array, length: jax.Array, targets: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """query_time and key_time of the tokens at ``place`` in sequences of ``length`` tokens."""
+    if timestamps is None:
+        return jnp.zeros_like(place), jnp.zeros_like(place)
+    own = timestamps.astype(jnp.int32)
+    following = jnp.concatenate([own[..., 1:], own[..., -1:]], axis=-1)
+    return jnp.where((place + 1 < length) & (place < length - targets), following, own), own
 
 
 def _sequence_fields(

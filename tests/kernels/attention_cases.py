@@ -151,11 +151,9 @@ def oracle(case, inputs, *, position=True, time=True, times=None):
     return [out, dq, dk, dv, *([d_position] if position else []), *([d_time] if time else [])]
 
 
-def attend(case, inputs, *, position=True, time=True, times=None, implementation=None):
-    """The same list from `hstu_attention`, compiled, with inputs as they are (their dtype is the computation's)."""
-    q, k, v, cotangent, *tables = (jnp.asarray(x) for x in inputs)
+def attend_each(case, draws, *, position=True, time=True, times=None, implementation=None):
+    """The same list for each draw of inputs from `hstu_attention`, compiled; the inputs' dtype is the computation's."""
     names = [name for name, used in (("position_bias", position), ("time_bias", time)) if used]
-    tables = [table for table, used in zip(tables, (position, time)) if used]
     stamps = jnp.asarray(case.times() if times is None else times)
 
     @jax.jit
@@ -178,7 +176,11 @@ def attend(case, inputs, *, position=True, time=True, times=None, implementation
         dq, dk, dv, d_tables = pull(cotangent)
         return [out, dq, dk, dv, *d_tables]
 
-    return run(q, k, v, cotangent, tables)
+    def draw(inputs):
+        *arrays, position_table, time_table = (jnp.asarray(x) for x in inputs)
+        return run(*arrays, [position_table] * position + [time_table] * time)
+
+    return [draw(inputs) for inputs in draws]
 
 
 def plain(case, draws, dtype, *, position=True, time=True):
@@ -204,12 +206,12 @@ def plain(case, draws, dtype, *, position=True, time=True):
     return [run(*(jnp.nan_to_num(x) for x in draw)) for draw in draws]
 
 
-def error_ratios(case, dtype, attend, *, position=True, time=True, **shape):
+def error_ratios(case, dtype, attend_each, *, position=True, time=True, **shape):
     """Error of a backend over that of the dense formula in the same precision, for each of `oracle`'s arrays.
 
-    ``attend`` calls the backend, as `attend` does. Errors are measured against float64 on the rounded inputs, in units
-    of the largest entry. The dense formula's is the largest of four draws, and at least one unit in the last place: on
-    few numbers it can be exact by luck.
+    ``attend_each`` calls the backend, as `attend_each` does. Errors are measured against float64 on the rounded inputs,
+    in units of the largest entry; each side's is its largest of four draws, and the dense formula's at least one unit
+    in the last place: on few numbers it can be exact by luck.
     """
     options = {"position": position, "time": time}
 
@@ -219,11 +221,13 @@ def error_ratios(case, dtype, attend, *, position=True, time=True, **shape):
 
     draws = [draw(seed) for seed in range(1, 5)]
     want = [oracle(case, inputs, **options) for inputs in draws]
-    yard = [float(jnp.finfo(dtype).eps)] * len(want[0])
-    for got, exact in zip(plain(case, draws, dtype, **options), want):
-        yard = [max(error, relative_error(g, w)) for error, g, w in zip(yard, got, exact, strict=True)]
-    got = attend(case, draws[0], **options)
-    return [relative_error(g, w) / error for error, g, w in zip(yard, got, want[0], strict=True)]
+
+    def worst(found):
+        errors = [[relative_error(g, w) for g, w in zip(*pair, strict=True)] for pair in zip(found, want, strict=True)]
+        return np.max(errors, axis=0)
+
+    yard = np.maximum(worst(plain(case, draws, dtype, **options)), float(jnp.finfo(dtype).eps))
+    return worst(attend_each(case, draws, **options)) / yard
 
 
 def relative_error(got, want):

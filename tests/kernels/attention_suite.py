@@ -8,13 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.hstu_attention import TIME_BUCKETS, hstu_attention, hstu_attention_padded, jagged_tokens, plan
+from kernels_pallas.hstu_attention import (
+    TIME_BUCKETS,
+    Columns,
+    hstu_attention,
+    hstu_attention_padded,
+    jagged_tokens,
+    plan,
+)
 from kernels_pallas.hstu_attention.buckets import bucket_formula, thresholds
 from tests.kernels.attention_cases import (
     ALPHA,
     MAX_LEN,
     Case,
-    attend,
+    attend_each,
     cases,
     error_ratios,
     make_inputs,
@@ -65,9 +72,13 @@ class HSTUSuite:
     def shape(self):
         return {"heads": self.heads, "dqk": self.dqk, "dv": self.dv}
 
+    def attend_each(self, case, draws, **options):
+        """`attention_cases.attend_each` with the backend; a subclass may reach it in another way."""
+        return attend_each(case, draws, implementation=self.implementation, **options)
+
     def attend(self, case, inputs, **options):
-        """`attention_cases.attend` with the backend; a subclass may reach it in another way."""
-        return attend(case, inputs, implementation=self.implementation, **options)
+        """The results of one draw."""
+        return self.attend_each(case, [inputs], **options)[0]
 
     def case(self, name):
         return next(case for case in cases(self.block) if case.name == name)
@@ -89,7 +100,7 @@ class HSTUSuite:
         """At most twice (outputs) and five times (gradients) the error of the dense formula in the same precision."""
         if dtype not in self.dtypes:
             pytest.skip(f"{self.implementation} does not compute in {jnp.dtype(dtype).name}")
-        found = error_ratios(self.case(name), dtype, self.attend, position=position, time=time, **self.shape())
+        found = error_ratios(self.case(name), dtype, self.attend_each, position=position, time=time, **self.shape())
         for ratio, allowed in zip(found, (2, 5, 5, 5, 5, 5)):
             assert ratio <= allowed, (name, found)
 
@@ -125,7 +136,7 @@ class HSTUSuite:
 
     def test_wide_heads(self):
         """Heads of 64 and 32: several lanes and registers, keys and values of unlike width."""
-        found = error_ratios(Case("wide", (self.block + 5, 20)), self.dtypes[0], self.attend, dqk=64, dv=32)
+        found = error_ratios(Case("wide", (self.block + 5, 20)), self.dtypes[0], self.attend_each, dqk=64, dv=32)
         assert found[0] <= 2
         assert max(found[1:]) <= 5
 
@@ -205,6 +216,34 @@ class HSTUSuite:
         for b, (start, n) in enumerate(zip(case.offsets, case.lengths)):
             assert_close(spread[b, :n], together[0][start : start + n], 5e-6)
             assert not np.asarray(spread[b, n:]).any()
+
+    def test_columns_of_one_array_equal_separate_arrays(self):
+        case = self.case("targets")
+        q, k, v, cotangent, *_ = make_inputs(case, **self.shape())
+        parts = [jnp.asarray(x.reshape(case.total, -1), self.dtypes[0]) for x in (v, q, k)]
+        wide = jnp.concatenate([jnp.full_like(parts[0][:, :5], jnp.nan), *parts], axis=1)
+
+        def from_columns(wide):
+            starts = np.cumsum([5, *(x.shape[1] for x in parts)])
+            v, q, k = (
+                Columns(wide, int(start), self.heads, width)
+                for start, width in zip(starts, (self.dv, self.dqk, self.dqk))
+            )
+            return call(q, k, v)
+
+        def from_arrays(wide):
+            v, q, k = jnp.split(wide[:, 5:], np.cumsum([x.shape[1] for x in parts])[:2], axis=1)
+            return call(*(x.reshape(case.total, self.heads, -1) for x in (q, k, v)))
+
+        def call(q, k, v):
+            options = case.mask_options() | {"max_len": MAX_LEN, "implementation": self.implementation}
+            return hstu_attention(q, k, v, jnp.asarray(case.offsets), **options)
+
+        out, pull = jax.vjp(jax.jit(from_columns), wide)
+        want, want_pull = jax.vjp(jax.jit(from_arrays), wide)
+        np.testing.assert_array_equal(out, want)
+        gradient = jnp.asarray(cotangent, self.dtypes[0])
+        np.testing.assert_array_equal(pull(gradient)[0], want_pull(gradient)[0])
 
     def test_permuting_candidates(self):
         """Outputs and gradients follow their candidates; neither history nor the other candidates notice."""

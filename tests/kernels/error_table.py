@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.hstu_attention import mosaic_gpu_pieces, mosaic_tpu_tiles, xla, xla_tiles
-from tests.kernels.attention_cases import attend, cases, error_ratios
+from tests.kernels.attention_cases import attend_each, cases, error_ratios
 
 BOTH = (jnp.float32, jnp.bfloat16)
 # Name of the line: (backend, block its cases straddle, width of a head, dtypes).
@@ -50,7 +50,7 @@ def main(wanted):
     for line, (backend, block, width, dtypes) in LINES.items():
         if wanted and backend not in wanted:
             continue
-        call = functools.partial(attend, implementation=backend)
+        call = functools.partial(attend_each, implementation=backend)
         for dtype in dtypes:
             found = []
             with runnable(line):

@@ -12,6 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.hstu_attention import (
     TIME_BUCKETS,
+    Columns,
     Tokens,
     hstu_attention,
     jagged_tokens,
@@ -83,15 +84,19 @@ class TestSuite(HSTUSuite):
     block = BLOCK
     dv = 8
 
-    def attend(self, case, inputs, *, position=True, time=True, times=None):
+    def attend_each(self, case, draws, *, position=True, time=True, times=None):
         short = TOTAL - case.total
         stamps = jnp.asarray(np.pad(case.times() if times is None else times, (0, short)))
         tokens = jagged_tokens(jnp.asarray(case.offsets), TOTAL, timestamps=stamps, **case.mask_options())
-        wide = [jnp.pad(x, ((0, short), (0, 0), (0, 0)), constant_values=jnp.nan)[None] for x in inputs[:4]]
-        got = run([*wide, *inputs[4:]], tokens, position=position, time=time)
-        for x in got[:4]:
-            assert not np.asarray(x)[0, case.offsets[-1] :].any()
-        return [x[0, : case.total] if i < 4 else x for i, x in enumerate(got)]
+
+        def draw(inputs):
+            wide = [jnp.pad(x, ((0, short), (0, 0), (0, 0)), constant_values=jnp.nan)[None] for x in inputs[:4]]
+            got = run([*wide, *inputs[4:]], tokens, position=position, time=time)
+            for x in got[:4]:
+                assert not np.asarray(x)[0, case.offsets[-1] :].any()
+            return [x[0, : case.total] if i < 4 else x for i, x in enumerate(got)]
+
+        return [draw(inputs) for inputs in draws]
 
     # Lowered below, not run: the interpreter's memory has effects, which these transformations do not carry.
     test_under_scan_remat_and_vmap = None
@@ -224,6 +229,37 @@ def test_lowers_under_scan_remat_vmap_and_shard_map():
         assert text.count("hstu_backward") > 0
 
 
+def test_columns_that_are_whole_blocks_are_read_where_they_lie(monkeypatch):
+    """Two heads of 64 and 128 features fill 128 and 256 lanes; queries that begin inside a block are copied."""
+    widths = []
+    forward = mosaic_tpu.forward
+
+    def spy(call, q, k, v, *rest):
+        widths.append([x.shape[2] for x in (q, k, v)])
+        return forward(call, q, k, v, *rest)
+
+    monkeypatch.setattr(mosaic_tpu, "forward", spy)
+    rng = np.random.default_rng(4)
+    tokens = padded_tokens(jnp.array([150]), 150)
+    wide, cotangent = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((1, 150, 768), (1, 150, 2, 128)))
+
+    def attend(wide, first, implementation):
+        v, q, k = (Columns(wide, start, 2, width) for start, width in ((256, 128), (first, 64), (640, 64)))
+        return hstu_attention(q, k, v, tokens, max_len=MAX_LEN, alpha=ALPHA, implementation=implementation)
+
+    for first, expected in ((512, [768, 768, 768]), (576, [128, 768, 768])):
+        out, pull = jax.vjp(
+            functools.partial(
+                jax.jit(attend, static_argnames=("first", "implementation")), first=first, implementation=IMPLEMENTATION
+            ),
+            wide,
+        )
+        want, want_pull = jax.vjp(functools.partial(attend, first=first, implementation="reference"), wide)
+        assert widths.pop() == expected
+        assert relative_error(out, np.asarray(want)) < 1e-6
+        assert relative_error(pull(cotangent)[0], np.asarray(want_pull(cotangent)[0])) < 1e-6
+
+
 def test_refusals():
     tokens = padded_tokens(jnp.array([8]), 8)
 
@@ -245,5 +281,5 @@ def test_refusals():
     ("heads", "dqk", "dv", "group"), [(4, 128, 128, 4), (8, 128, 256, 4), (6, 64, 64, 2), (3, 64, 32, 3), (1, 8, 8, 1)]
 )
 def test_heads_of_a_step_fill_registers_or_are_all(heads, dqk, dv, group):
-    call = tiles.Call(512, 4, heads, dqk, dv, 2, 1.0, 1.0, 0, 0)
+    call = tiles.Call(512, 4, heads, heads, (0, 0, 0), dqk, dv, 2, 1.0, 1.0, 0, 0)
     assert mosaic_tpu._grouped(call, lambda call: 0).group == group
