@@ -25,7 +25,7 @@ from kernels_pallas.hstu_attention import (
 )
 from kernels_pallas.hstu_attention import mosaic_gpu_lists as lists
 from kernels_pallas.hstu_attention import mosaic_gpu_pieces as pieces
-from tests.kernels.attention_cases import MAX_LEN, Case, attend, cases, error_ratios
+from tests.kernels.attention_cases import MAX_LEN, Case, attend_each, cases, error_ratios
 
 
 @pytest.fixture
@@ -176,7 +176,7 @@ NUMBERS = {
 @pytest.mark.parametrize(("case", "options"), NUMBERS.values(), ids=NUMBERS)
 def test_error_is_bounded_by_the_dense_formula(case, options, interpreter):
     """At most twice (outputs) and five times (gradients) its error; padding holds NaN."""
-    found = error_ratios(case, jnp.bfloat16, functools.partial(attend, implementation="mosaic_gpu"), **options)
+    found = error_ratios(case, jnp.bfloat16, functools.partial(attend_each, implementation="mosaic_gpu"), **options)
     for ratio, allowed in zip(found, (2, 5, 5, 5, 5, 5)):
         assert ratio <= allowed, found
 
