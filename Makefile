@@ -12,7 +12,7 @@ help:
 	@echo "make test        set up, lint, type-check and run the tests"
 	@echo "make lint        ruff and mypy"
 	@echo "make bench       speed and memory of this machine (docs/benchmarks)"
-	@echo "make compile-check  compile the kernels for TPUs and GPUs that are not here (ten minutes; docs/benchmarks)"
+	@echo "make compile-check  compile the kernels for TPUs and GPUs that are not here (twenty minutes; docs/benchmarks)"
 
 # A Python 3.12 from .python-version (pyenv), from python3.12 on the path, or from uv, in that order.
 $(READY): pyproject.toml constraints.txt
