@@ -1,10 +1,11 @@
 """Attention of long and packed rows in plain XLA: a loop over the tiles that hold anything, memory linear in the row.
 
 Mask and bias of a tile are computed where it is met, from the attributes of its tokens, and what it adds to the output
-or to a gradient is added in place: beside blocks of the inputs and of the results there is one tile at a time.
+or to a gradient is added in place: beside blocks of the inputs and of the results there are a few tiles at a time.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from kernels_pallas.hstu_attention.tokens import Keys, Queries, Tokens, attribut
 from kernels_pallas.hstu_attention.worklist import work_list
 
 BLOCK = 256
+AT_ONCE = 2  # tiles per turn of the loop; more raise the share of turns that are not full
 HIDDEN = -1e30  # score of a masked pair: SiLU and its slope are exactly 0 there, and so is exp after a row maximum
 
 
@@ -107,55 +109,107 @@ def silu(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
     return weights, sigmoid * (1 + scores - weights)
 
 
-def _tile_codes(reach: Tables, tiles: Tiles, i: jax.Array, j: jax.Array) -> jax.Array:
-    """`codes` [BLOCK, BLOCK] of query block i against key block j."""
+def _tokens_first(x: jax.Array) -> jax.Array:
+    """[N, H, D, BLOCK] -> [N, H, BLOCK, D], written out: folded into a product it would run on one core."""
+    return jax.lax.optimization_barrier(x.mT)
+
+
+def _over_tiles[Part, Total](
+    tiles: Tiles, part: Callable[[jax.Array], Part], add: Callable[[Total, Part], Total], total: Total
+) -> Total:
+    """Adds ``part(entry)`` of every entry of the list to ``total``, in order.
+
+    The parts of a turn depend on nothing but the inputs, so XLA's CPU works on them side by side: the steps of one tile
+    are too small for several cores to share well.
+    """
+
+    def turn(index: jax.Array, total: Total) -> Total:
+        parts = [part(AT_ONCE * index + n) for n in range(AT_ONCE)]
+        return functools.reduce(add, parts, total)
+
+    return jax.lax.fori_loop(0, -(-tiles.listed // AT_ONCE), turn, total)
+
+
+def _tile(reach: Tables, tiles: Tiles, entry: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Query block, key block and `codes` [BLOCK, BLOCK] of an entry; past the list, a tile hidden throughout."""
+    listed = jnp.minimum(entry, tiles.listed - 1)
+    i, j = tiles.query[listed], tiles.key[listed]
     queries = Queries(*(x[i][:, None] for x in tiles.queries))
     keys = Keys(*(x[j][None] for x in tiles.keys))
+    found = codes(reach, queries, keys, tiles.place[j][None])
     # Without the barrier XLA computes the codes again for every head and every use: a third of all time.
-    return jax.lax.optimization_barrier(codes(reach, queries, keys, tiles.place[j][None]))
+    return i, j, jax.lax.optimization_barrier(jnp.where(entry < tiles.listed, found, reach.hidden))
 
 
 def _tile_scores(
-    rule: Rule, reach: Tables, q_t: jax.Array, k_t: jax.Array, table: jax.Array, code: jax.Array
+    rule: Rule, reach: Tables, q: jax.Array, k_t: jax.Array, table: jax.Array, code: jax.Array
 ) -> jax.Array:
-    """Scores [H, BLOCK, BLOCK] of one tile, `HIDDEN` or less where the mask hides."""
+    """Scores [H, BLOCK, BLOCK] of q [H, BLOCK, D] and k_t [H, D, BLOCK], `HIDDEN` or less where the mask hides."""
     if reach.positions or reach.buckets:
         bias = table.at[code].get(mode="promise_in_bounds")
     else:
         bias = jnp.where(code == reach.hidden, jnp.asarray(HIDDEN, table.dtype), 0)
-    return rule.scale * jnp.einsum("hdi,hdj->hij", q_t, k_t) + bias
+    return rule.scale * (q @ k_t) + bias
+
+
+def _add(total: jax.Array, block: jax.Array, part: jax.Array) -> jax.Array:
+    return total.at[block].add(part, mode="promise_in_bounds")
 
 
 def _forward(rule: Rule, reach: Tables, inputs: _Inputs) -> _Sums:
     """Sums over all tiles; softmax keeps a running maximum and rescales what it has when the maximum rises."""
     tiles = inputs.tiles
     q_t, k_t, v_t = (_blocks(x, tiles) for x in inputs[:3])
+    q = _tokens_first(q_t)
     line = jnp.zeros_like(v_t[:, :, :1])
 
-    def step(entry: jax.Array, sums: _Sums) -> _Sums:
-        i, j = tiles.query[entry], tiles.key[entry]
-        scores = _tile_scores(rule, reach, q_t[i], k_t[j], inputs.table, _tile_codes(reach, tiles, i, j))
+    def part(entry: jax.Array) -> tuple[jax.Array, _Sums]:
+        """The query block of a tile, and the sums over the tile alone."""
+        i, j, code = _tile(reach, tiles, entry)
+        scores = _tile_scores(rule, reach, q[i], k_t[j], inputs.table, code)
         if rule.kind == "silu":
-            return sums._replace(out=sums.out.at[i].add(jnp.einsum("hdj,hij->hdi", v_t[j], silu(scores)[0])))
-        top = jnp.maximum(sums.top[i], scores.max(-1)[:, None])
-        raised, shrink = jnp.exp(scores - top.mT), jnp.exp(sums.top[i] - top)
+            return i, _Sums(jnp.einsum("hdj,hij->hdi", v_t[j], silu(scores)[0]), line[0], line[0])
+        # A maximum that starts above `HIDDEN` leaves hidden pairs at exactly 0, in rows that see nothing too.
+        top = jnp.maximum(0.5 * HIDDEN, scores.max(-1))[:, None]
+        raised = jnp.exp(scores - top.mT)
+        return i, _Sums(jnp.einsum("hdj,hij->hdi", v_t[j], raised), top, raised.sum(-1)[:, None])
+
+    def add(sums: _Sums, part: tuple[jax.Array, _Sums]) -> _Sums:
+        i, new = part
+        if rule.kind == "silu":
+            return sums._replace(out=_add(sums.out, i, new.out))
+        top = jnp.maximum(sums.top[i], new.top)
+        kept, taken = jnp.exp(sums.top[i] - top), jnp.exp(new.top - top)
         return _Sums(
-            sums.out.at[i].set(shrink * sums.out[i] + jnp.einsum("hdj,hij->hdi", v_t[j], raised)),
+            sums.out.at[i].set(kept * sums.out[i] + taken * new.out),
             sums.top.at[i].set(top),
-            sums.total.at[i].set(shrink * sums.total[i] + raised.sum(-1)[:, None]),
+            sums.total.at[i].set(kept * sums.total[i] + taken * new.total),
         )
 
-    # A maximum that starts above `HIDDEN` leaves hidden pairs at exactly 0, in rows that see nothing too.
-    return jax.lax.fori_loop(0, tiles.listed, step, _Sums(jnp.zeros_like(v_t), line + 0.5 * HIDDEN, line))
+    return _over_tiles(tiles, part, add, _Sums(jnp.zeros_like(v_t), line + 0.5 * HIDDEN, line))
 
 
-def _backward(
-    rule: Rule, reach: Tables, inputs: _Inputs, sums: _Sums | None, d_out: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+class _Pulled(NamedTuple):
+    """What one tile adds to the cotangents: its blocks, and the shares of q, k, v and the bias of each pair."""
+
+    query: jax.Array
+    key: jax.Array
+    d_q: jax.Array  # [H, Dqk, BLOCK]
+    d_k: jax.Array  # [H, Dqk, BLOCK]
+    d_v: jax.Array  # [H, Dv, BLOCK]
+    code: jax.Array  # [BLOCK, BLOCK]
+    d_bias: jax.Array  # [BLOCK, BLOCK]
+
+
+_Cotangents = tuple[jax.Array, jax.Array, jax.Array, jax.Array]  # of q, k, v and the table
+
+
+def _backward(rule: Rule, reach: Tables, inputs: _Inputs, sums: _Sums | None, d_out: jax.Array) -> _Cotangents:
     """Cotangents of q, k, v and the table."""
     tiles = inputs.tiles
     q_t, k_t, v_t, g_t = (_blocks(x, tiles) for x in (*inputs[:3], d_out))
     g_t = g_t / rule.divisor
+    q, g = _tokens_first(q_t), _tokens_first(g_t)
 
     def pull(scores: jax.Array, upstream: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Weights, and the cotangent of the scores given the weights' cotangent ``upstream``."""
@@ -166,25 +220,30 @@ def _backward(
         mean = (sums.out[i] * g_t[i]).sum(1)[..., None] / sums.total[i].mT
         return weights, weights * (upstream - mean)
 
-    def step(entry: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        d_q, d_k, d_v, d_table = carry
-        i, j = tiles.query[entry], tiles.key[entry]
-        code = _tile_codes(reach, tiles, i, j)
-        scores = _tile_scores(rule, reach, q_t[i], k_t[j], inputs.table, code)
-        weights, d_scores = pull(scores, jnp.einsum("hdi,hdj->hij", g_t[i], v_t[j]), i)
-        if reach.positions or reach.buckets:
+    def part(entry: jax.Array) -> _Pulled:
+        i, j, code = _tile(reach, tiles, entry)
+        scores = _tile_scores(rule, reach, q[i], k_t[j], inputs.table, code)
+        weights, d_scores = pull(scores, g[i] @ v_t[j], i)
+        return _Pulled(
+            i,
+            j,
+            jnp.einsum("hdj,hij->hdi", k_t[j], d_scores),
+            jnp.einsum("hdi,hij->hdj", q_t[i], d_scores),
+            jnp.einsum("hdi,hij->hdj", g_t[i], weights),
+            code,
             # Heads are added one by one: as a chain of sums it fuses, as a reduction it would be a pass of its own.
-            d_bias = functools.reduce(jnp.add, (d_scores[head] for head in range(d_scores.shape[0])))
-            d_table = d_table.at[code].add(d_bias, mode="promise_in_bounds")
-        d_q = d_q.at[i].add(jnp.einsum("hdj,hij->hdi", k_t[j], d_scores))
-        d_k = d_k.at[j].add(jnp.einsum("hdi,hij->hdj", q_t[i], d_scores))
-        d_v = d_v.at[j].add(jnp.einsum("hdi,hij->hdj", g_t[i], weights))
-        return d_q, d_k, d_v, d_table
+            functools.reduce(jnp.add, (d_scores[head] for head in range(d_scores.shape[0]))),
+        )
 
-    start = tuple(map(jnp.zeros_like, (q_t, k_t, v_t, inputs.table)))
-    d_q, d_k, d_v, d_table = jax.lax.fori_loop(0, tiles.listed, step, start)
-    d_qkv = (_rows(d, x) for d, x in zip((rule.scale * d_q, rule.scale * d_k, d_v), inputs[:3], strict=True))
-    return *d_qkv, d_table
+    def add(total: _Cotangents, part: _Pulled) -> _Cotangents:
+        d_q, d_k, d_v, d_table = total
+        if reach.positions or reach.buckets:
+            d_table = d_table.at[part.code].add(part.d_bias, mode="promise_in_bounds")
+        return _add(d_q, part.query, part.d_q), _add(d_k, part.key, part.d_k), _add(d_v, part.key, part.d_v), d_table
+
+    start = (jnp.zeros_like(q_t), jnp.zeros_like(k_t), jnp.zeros_like(v_t), jnp.zeros_like(inputs.table))
+    d_q, d_k, d_v, d_table = _over_tiles(tiles, part, add, start)
+    return _rows(rule.scale * d_q, inputs.q), _rows(rule.scale * d_k, inputs.k), _rows(d_v, inputs.v), d_table
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
