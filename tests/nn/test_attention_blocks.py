@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from genrec_jax.nn.hstu import HSTUBlock
+from genrec_jax.nn.sasrec import SASRecBlock
 from genrec_jax.nn.transformer_block import TransformerBlock
 from kernels_pallas.hstu_attention import TIME_BUCKETS, Tokens, plan, time_bucket, visible
 
@@ -55,8 +56,8 @@ def x():
     return np.random.default_rng(1).normal(size=(1, 8, WIDTH)).astype(np.float32)
 
 
-def run(block, x):
-    pairs = plan(row(), positions=LONGEST, buckets=TIME_BUCKETS)
+def run(block, x, *, biased=True):
+    pairs = plan(row(), positions=LONGEST, buckets=TIME_BUCKETS) if biased else plan(row())
     return np.asarray(jax.jit(lambda x: block(x, pairs))(x))[0, :7]
 
 
@@ -88,3 +89,35 @@ def test_transformer_block_is_its_equations(x):
     inner = np.asarray(jax.nn.gelu(jnp.asarray(inner + p["ffn", "layers", 0, "bias"])))
     expected = y + inner @ p["ffn", "layers", 1, "kernel"] + p["ffn", "layers", 1, "bias"]
     np.testing.assert_allclose(run(block, x), expected, rtol=0, atol=2e-5)
+
+
+def test_sasrec_block_is_its_equations(x):
+    block = SASRecBlock(WIDTH, HEADS, dropout=0.5, dtype=FLOAT, rngs=nnx.Rngs(0))
+    p = moved(block)
+    normal, real = normalised(x[0]), np.asarray(visible(row()))[0]
+    kernels, biases = np.split(p["project", "kernel"], 3, axis=1), np.split(p["project", "bias"], 3)
+    q, k, v = (y @ kernel + bias for y, kernel, bias in zip((normal, x[0], x[0]), kernels, biases))
+    weights = np.where(real, np.exp(heads(q) @ heads(k).transpose(0, 2, 1) / 2.0), 0)[:, :7]
+    weights /= weights.sum(-1, keepdims=True)
+    attended = (weights @ heads(v)).transpose(1, 0, 2).reshape(7, WIDTH)
+    z = normalised(normal[:7] + attended @ p["out", "kernel"] + p["out", "bias"])
+    inner = np.maximum(z @ p["inner", "kernel"] + p["inner", "bias"], 0)
+    expected = z + inner @ p["outer", "kernel"] + p["outer", "bias"]
+    np.testing.assert_allclose(run(block, x, biased=False), expected, rtol=0, atol=2e-5)
+
+
+def test_sasrec_block_starts_as_published():
+    """Xavier normal over the joint Q, K, V matrix, zero biases in attention, U(±1 / sqrt(D)) in the feed-forward."""
+    width = 256
+    p = {path: np.asarray(v[...]) for path, v in nnx.to_flat_state(nnx.state(
+        SASRecBlock(width, 1, dropout=0.0, dtype=FLOAT, rngs=nnx.Rngs(0))))}  # fmt: skip
+    deviations = {"project": (2 / (4 * width)) ** 0.5, "out": width**-0.5, "inner": width**-0.5, "outer": width**-0.5}
+    for name, deviation in deviations.items():
+        assert p[name, "kernel"].std() == pytest.approx(deviation, rel=0.02)
+        assert np.abs(p[name, "kernel"]).max() > 3.5 * deviation  # not cut
+    assert not p["project", "bias"].any()
+    assert not p["out", "bias"].any()
+    for name in ("inner", "outer"):
+        bias = np.abs(p[name, "bias"]) * width**0.5
+        assert 0.9 < bias.max() <= 1
+        assert bias.mean() == pytest.approx(0.5, abs=0.1)
