@@ -2,13 +2,14 @@
 
 import dataclasses
 
+import jax
 from flax import nnx
 
 from genrec_jax.errors import UserError
 from genrec_jax.models import registry
 from genrec_jax.models.base import Build
 from genrec_jax.models.retrieval import RESERVED, NextItemRetriever, RetrievalConfig
-from genrec_jax.nn.basic import xavier_normal
+from genrec_jax.nn.basic import fan_in_uniform, xavier_normal
 from genrec_jax.nn.hstu import HSTUBlock
 
 
@@ -35,18 +36,20 @@ class HSTURetrieval(NextItemRetriever):
 
     def __init__(self, config: HSTURetrievalConfig, build: Build, *, rngs: nnx.Rngs):
         longest = build.shape.history + RESERVED
+        v_width = config.v_width or config.width // config.heads
 
         def block() -> HSTUBlock:
             return HSTUBlock(
                 config.width,
                 config.heads,
                 qk_width=config.qk_width or config.width // config.heads,
-                v_width=config.v_width or config.width // config.heads,
+                v_width=v_width,
                 longest=longest,
-                init_std=0.02,
+                project_init=jax.nn.initializers.normal(0.02),
                 dropout=config.dropout,
                 dtype=build.dtype,
                 rngs=rngs,
+                out_bias=fan_in_uniform(config.heads * v_width),
             )
 
         super().__init__(config, build, positions=xavier_normal, block=block, reach=longest, rngs=rngs)
