@@ -50,23 +50,26 @@ def abstract_model(file: Path, meta: dict[str, Any]) -> NextItemRetriever:
     size = {name: fields.size(file, meta, name) for name in SIZES}
     if size["padded_len"] <= RESERVED:
         raise UserError(f"{file}: meta's padded_len must exceed {RESERVED}, it is {size['padded_len']}")
+    temperature = fields.number(file, meta, "temperature")
+    if temperature <= 0:
+        raise UserError(f"{file}: meta's temperature must be positive, it is {temperature}")
     shared: dict[str, Any] = {
         "width": size["D"],
         "depth": size["blocks"],
         "heads": size["heads"],
         "dropout": 0.0,
         "negatives": size["num_negatives"],
-        "temperature": fields.number(file, meta, "temperature"),
+        "temperature": temperature,
     }
     shape = Shape(size["padded_len"] - RESERVED, 1)
     build = Build(Schema(items=size["num_items"] + 1, tasks=()), shape, jnp.dtype("float32"))
     if is_sasrec(file, meta):
+        if size["D"] % size["heads"]:
+            raise UserError(f"{file}: meta's D ({size['D']}) must be a multiple of its heads ({size['heads']})")
         plain = SASRecConfig(**shared)
-        plain.check()
         return nnx.eval_shape(lambda: SASRec(plain, build, rngs=nnx.Rngs(0)))
     heads = {"qk_width": fields.size(file, meta, "dqk"), "v_width": fields.size(file, meta, "dv")}
     config = HSTURetrievalConfig(**shared, **heads)
-    config.check()
     return nnx.eval_shape(lambda: HSTURetrieval(config, build, rngs=nnx.Rngs(0)))
 
 
