@@ -32,9 +32,9 @@ class Account:
     steps, rows, targets: trained. flops_per_target: training FLOPs (3 x forward) per supervised target.
     flops_per_candidate: forward FLOPs per scored candidate, the loss left out, when a ranker scores a request of K
     candidates, or a retriever every item of the corpus for one user. train_flops: 3 x forward FLOPs of every row
-    trained, its loss and padding included. active_params: dense parameters plus the embedding scalars that a trained
-    row reads, at most as many as the tables hold. memory_bytes: parameters, gradients, two moments and one batch's
-    activations.
+    trained, its loss and padding included, but for rows that packing leaves empty. active_params: dense parameters plus
+    the embedding scalars that a trained row reads, at most as many as the tables hold. memory_bytes: parameters,
+    gradients, two moments and one batch's activations.
     """
 
     steps: int
@@ -98,7 +98,7 @@ def account(trial: Trial, model: Model, stream: TrainStream) -> Account:
     steps = train_steps(trial, stream)
     rows = steps * trial.train.batch_rows
     targets = round(rows * stream.targets / stream.rows)
-    train_flops = 3.0 * row.flops * rows
+    train_flops = 3.0 * row.flops * rows * stream.occupied
     return Account(
         steps=steps,
         rows=rows,
