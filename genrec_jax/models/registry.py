@@ -43,5 +43,5 @@ def build(config: ModelConfig, build: Build, *, rngs: nnx.Rngs) -> Model:
 
 
 def _import_all() -> None:
-    for module in ("dcn", "din", "dirl", "dlrm", "hstu", "hstu_retrieval", "transformer"):
+    for module in ("dcn", "din", "dirl", "dlrm", "hstu", "hstu_retrieval", "sasrec", "transformer"):
         importlib.import_module(f"genrec_jax.models.{module}")

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -48,7 +49,7 @@ def ranking_stack(config: SequenceConfig, mixer: Mixer, longest: int, dtype: jnp
             qk_width=head,
             v_width=head,
             longest=longest,
-            init_std=config.width**-0.5,
+            project_init=jax.nn.initializers.normal(config.width**-0.5),
             dropout=config.dropout,
             dtype=dtype,
             rngs=rngs,

@@ -14,14 +14,30 @@ from kernels_pallas.gated_norm import keep_mask
 
 Activation = Callable[[jax.Array], jax.Array]
 
+# The initial values of the public PyTorch code, to the distribution: jax's own Xavier normal is cut at two deviations.
+xavier_normal = jax.nn.initializers.variance_scaling(1.0, "fan_avg", "normal")
+
+
+def fan_in_uniform(inputs: int) -> jax.nn.initializers.Initializer:
+    """U(-1 / sqrt(inputs), 1 / sqrt(inputs)): biases of PyTorch's linear maps and convolutions."""
+
+    def init(key: jax.Array, shape: Any, dtype: Any = None, out_sharding: Any = None) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -(inputs**-0.5), inputs**-0.5)
+
+    return init
+
 
 class Linear(nnx.Linear):
     """``y = x W + b`` over the last axis, in the compute type ``dtype``."""
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        return self.columns(inputs, slice(None))
+
+    def columns(self, inputs: jax.Array, outputs: slice) -> jax.Array:
+        """These of the outputs alone, for a map whose parts read different inputs."""
         dtype = self.dtype or jnp.float32
-        y = dense(inputs.astype(dtype), self.kernel[...].astype(dtype))
-        return y if self.bias is None else y + self.bias[...].astype(dtype)
+        y = dense(inputs.astype(dtype), self.kernel[...][:, outputs].astype(dtype))
+        return y if self.bias is None else y + self.bias[...][outputs].astype(dtype)
 
     def cost(self, rows: int) -> Cost:
         """Cost of applying the map to ``rows`` vectors."""

@@ -1,21 +1,47 @@
-"""The HSTU block (Zhai et al., ICML 2024, arXiv 2402.17152, equations 1-3; the public retrieval code's variant)."""
+"""The HSTU block (Zhai et al., ICML 2024, arXiv 2402.17152, equations 1-3) in the variants of the public code."""
+
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from genrec_jax.nn.basic import LayerNorm, Linear
+from genrec_jax.nn.basic import LayerNorm, Linear, dropout
 from genrec_jax.nn.cost import Cost, total
 from genrec_jax.nn.position import RelativeBias
 from kernels_pallas.gated_norm import gated_norm
 from kernels_pallas.hstu_attention import Columns, Plan, hstu_attention
 
+EPSILON = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """What the two published HSTU layers differ in.
+
+    affine: both normalisations have a scale and a bias. project_bias: W has a bias. gate_only: SiLU falls on U alone,
+    not on V, Q and K. relative_bias: attention has rab. concat: W_o reads [U; A V; norm(A V) * U], not the last alone.
+    group_norm: norm(A V) is over each head alone, with one scale and one bias per head, not over all heads together.
+    """
+
+    affine: bool = False
+    project_bias: bool = False
+    gate_only: bool = False
+    relative_bias: bool = True
+    concat: bool = False
+    group_norm: bool = False
+
+
+RESEARCH = Variant()  # research/modeling/sequential/hstu.py: retrieval, and the paper's equations
+RANKING = Variant(affine=True, project_bias=True, gate_only=True, relative_bias=False, concat=True)  # modules/stu.py
+
 
 class HSTUBlock(nnx.Module):
-    """[U, V, Q, K] = SiLU(LN(X) W);  A = SiLU(Q K^T + rab) / n * mask;  Y = X + W_o dropout(LN(A V) * U) + b_o.
+    """[U, V, Q, K] = SiLU(LN(X) W);  A = SiLU(alpha Q K^T + rab) / n * mask;  Y = X + W_o dropout(LN(A V) * U) + b_o.
 
     The divisor n is ``longest``, a constant of the model: a divisor taken from the batch would make a score depend
-    on its neighbours. Normalisations have no affine part and W has no bias.
+    on its neighbours. This is `RESEARCH`; the other `Variant` changes what it names.
     """
 
     def __init__(
@@ -26,63 +52,126 @@ class HSTUBlock(nnx.Module):
         qk_width: int,
         v_width: int,
         longest: int,
-        init_std: float,
+        project_init: jax.nn.initializers.Initializer,
         dropout: float,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
+        variant: Variant = RESEARCH,
+        alpha: float = 1.0,
+        out_bias: jax.nn.initializers.Initializer | None = jax.nn.initializers.zeros,
     ):
         """``qk_width``, ``v_width``: width of one head's queries and keys, and of its values and gates.
 
-        ``init_std``: of W. The public code starts every width at 0.02; at small widths that leaves A V below the
-        epsilon of its normalisation, and ``width ** -0.5`` learns much faster.
+        ``project_init``: of W. The public retrieval code starts every width at a deviation of 0.02; at small widths
+        that leaves A V below the epsilon of its normalisation, and ``width ** -0.5`` learns much faster.
+        ``out_bias``: of b_o; None for none.
         """
         self.heads, self.longest, self.dropout = heads, longest, dropout
         self.values, self.keys = heads * v_width, heads * qk_width
-        self.norm = LayerNorm(width, use_scale=False, use_bias=False, use_fast_variance=False, dtype=dtype, rngs=rngs)
-        self.project = Linear(
+        self.variant, self.alpha = variant, alpha
+        self.norm = LayerNorm(
             width,
-            2 * (self.values + self.keys),
-            use_bias=False,
-            kernel_init=jax.nn.initializers.normal(init_std),
+            epsilon=EPSILON,
+            use_scale=variant.affine,
+            use_bias=variant.affine,
+            use_fast_variance=False,
             dtype=dtype,
             rngs=rngs,
         )
-        self.bias = RelativeBias(longest, rngs=rngs)
-        xavier = jax.nn.initializers.glorot_uniform()
-        self.out = Linear(self.values, width, kernel_init=xavier, dtype=dtype, rngs=rngs)
+        self.project = Linear(
+            width,
+            2 * (self.values + self.keys),
+            use_bias=variant.project_bias,
+            kernel_init=project_init,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.bias = RelativeBias(longest, rngs=rngs) if variant.relative_bias else None
+        self.out_norm = OutputNorm(heads, v_width, affine=variant.affine, grouped=variant.group_norm)
+        self.out = Linear(
+            (3 if variant.concat else 1) * self.values,
+            width,
+            use_bias=out_bias is not None,
+            kernel_init=jax.nn.initializers.glorot_uniform(),
+            bias_init=out_bias or jax.nn.initializers.zeros,
+            dtype=dtype,
+            rngs=rngs,
+        )
 
     def __call__(self, x: jax.Array, plan: Plan, *, rngs: nnx.Rngs | None = None) -> jax.Array:
         """x [B, T, D], the pairs of its tokens -> [B, T, D]; dropout is on when ``rngs`` is given."""
         gate, v, q, k = self.projections(x)
-        attended = hstu_attention(
-            q, k, v, plan, max_len=self.longest, position_bias=self.bias.position[...], time_bias=self.bias.time[...]
-        )
-        return self.merge(x, gate, attended, rngs=rngs)
+        return self.merge(x, gate, hstu_attention(q, k, v, plan, **self.attention()), rngs=rngs)
+
+    def attention(self) -> dict[str, Any]:
+        """The arguments of `hstu_attention` that are the block's own."""
+        own = {"max_len": self.longest, "alpha": self.alpha}
+        if self.bias is None:
+            return own
+        return own | {"position_bias": self.bias.position[...], "time_bias": self.bias.time[...]}
 
     def projections(self, x: jax.Array) -> tuple[jax.Array, Columns, Columns, Columns]:
         """x [..., T, D] -> U [..., T, H * Dv] and V, Q, K [..., T, H, Dv or Dqk], columns of one array."""
-        mixed = jax.nn.silu(self.project(self.norm(x)))
+        mixed = self.project(self.norm(x))
+        if not self.variant.gate_only:
+            mixed = jax.nn.silu(mixed)
         value, key = self.values // self.heads, self.keys // self.heads
         v = Columns(mixed, self.values, self.heads, value)
         q = Columns(mixed, 2 * self.values, self.heads, key)
         k = Columns(mixed, 2 * self.values + self.keys, self.heads, key)
-        return mixed[..., : self.values], v, q, k
+        gate = mixed[..., : self.values]
+        return (jax.nn.silu(gate) if self.variant.gate_only else gate), v, q, k
 
     def merge(self, x: jax.Array, gate: jax.Array, attended: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
         """x [..., T, D], U [..., T, H * Dv], A V [..., T, H, Dv] -> the block's output [..., T, D]."""
-        key = rngs.dropout() if rngs is not None and self.dropout else None
-        return x + self.out(gated_norm(attended.reshape(gate.shape), gate, rate=self.dropout, key=key))
+        variant, flat = self.variant, attended.reshape(gate.shape)
+        if not (variant.affine or variant.group_norm or variant.concat):
+            key = rngs.dropout() if rngs is not None and self.dropout else None
+            return x + self.out(gated_norm(flat, gate, rate=self.dropout, key=key, eps=EPSILON))
+        gated = gate * self.out_norm(attended).astype(gate.dtype)
+        joined = jnp.concatenate([gate, flat, gated], axis=-1) if variant.concat else gated
+        return x + self.out(dropout(joined, self.dropout, rngs))
 
     def cost(self, tokens: int, pairs: float) -> Cost:
         """Cost over ``tokens`` tokens of which ``pairs`` (query, key) pairs are visible."""
         item = jnp.dtype(self.project.dtype or jnp.float32).itemsize
-        kept = tokens * (4 * (self.values + self.keys) + self.values) * item  # before and after SiLU; A V
+        after = self.values if self.variant.gate_only else 2 * (self.values + self.keys)
+        kept = tokens * (2 * (self.values + self.keys) + after + self.values) * item  # before and after SiLU; A V
         return total(
             [
                 self.norm.cost(tokens),
                 self.project.cost(tokens),
-                self.bias.cost(),
+                Cost() if self.bias is None else self.bias.cost(),
                 Cost(flops=2.0 * pairs * (self.keys + self.values), activation_bytes=float(kept)),
+                self.out_norm.cost(),
                 self.out.cost(tokens),
             ]
         )
+
+
+class OutputNorm(nnx.Module):
+    """What HSTU does to A V: layer normalisation over all heads together, or ``grouped`` over each alone.
+
+    ``affine``: a scale and a bias, [H * Dv], or [H] if ``grouped`` (PyTorch's group norm of H channels of Dv places).
+    """
+
+    def __init__(self, heads: int, width: int, *, affine: bool, grouped: bool):
+        self.grouped = grouped
+        size = heads if grouped else heads * width
+        self.scale = nnx.Param(jnp.ones(size)) if affine else None
+        self.bias = nnx.Param(jnp.zeros(size)) if affine else None
+
+    def __call__(self, attended: jax.Array) -> jax.Array:
+        """[..., H, Dv] -> [..., H * Dv], at least float32."""
+        x = attended.astype(jnp.promote_types(attended.dtype, jnp.float32))
+        axes = -1 if self.grouped else (-2, -1)
+        centred = x - x.mean(axes, keepdims=True)
+        y = centred * jax.lax.rsqrt((centred * centred).mean(axes, keepdims=True) + EPSILON)
+        if self.scale is not None and self.bias is not None:
+            scale, bias = (p[...].reshape(x.shape[-2], -1) for p in (self.scale, self.bias))
+            y = y * scale + bias
+        return y.reshape(*x.shape[:-2], -1)
+
+    def cost(self) -> Cost:
+        """Parameters; its output is counted by the map that reads it."""
+        return Cost(dense_params=0 if self.scale is None or self.bias is None else self.scale.size + self.bias.size)

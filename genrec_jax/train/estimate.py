@@ -69,7 +69,7 @@ def abstract_model(trial: Trial, schema: Schema) -> Model:
     if trial.model.goal == "ranking" and not schema.tasks:
         raise UserError(
             f"model {trial.model.name!r} ranks by labels and the dataset has none: import it with --label, or use "
-            "hstu_retrieval"
+            "hstu_retrieval or sasrec"
         )
     return nnx.eval_shape(lambda: _build(trial, schema, nnx.Rngs(0)))
 

@@ -79,9 +79,13 @@ def softmax(
     scale: float,
     position_bias: jax.Array | None,
     time_bias: jax.Array | None,
+    rate: float,
+    keep: jax.Array | None,
 ) -> jax.Array:
-    """See `api.softmax_attention`."""
+    """See `api.softmax_attention`; ``keep`` bool [B, H, T, T], the weights that dropout leaves."""
     scores, mask, v_clean = _scores(q, k, v, plan, scale, position_bias, time_bias)
     weights = jax.nn.softmax(scores, axis=-1, where=mask)
     weights = jnp.where(mask, weights, 0)  # a row that sees nothing is 0/0 above
+    if keep is not None:
+        weights = jnp.where(keep, weights / (1 - rate), 0)
     return _mixed(weights, v_clean, plan).astype(v.dtype)

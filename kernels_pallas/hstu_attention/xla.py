@@ -45,6 +45,7 @@ class _Inputs(NamedTuple):
     v: jax.Array
     real: jax.Array  # bool [B, T], False for padding
     codes: tuple[jax.Array, ...]
+    keep: jax.Array | None  # bool [B, H, T, T], the weights that dropout leaves
 
 
 def _weigh(rule: Rule, scores: jax.Array) -> jax.Array:
@@ -64,6 +65,13 @@ def _pull(rule: Rule, scores: jax.Array, upstream: jax.Array) -> tuple[jax.Array
     weights = _weigh(rule, scores)
     mean = (weights * upstream).sum(-1, keepdims=True)
     return weights, weights * (upstream - mean)
+
+
+def _dropped(rule: Rule, weights: jax.Array, keep: jax.Array | None, rows: slice) -> jax.Array:
+    """Dropout of the weights [b, H, rows, keys] of one block; it is its own transpose."""
+    if keep is None:
+        return weights
+    return jnp.where(keep[:, :, rows, : weights.shape[-1]], weights / (1 - rule.rate), 0)
 
 
 def _chunk_rows(batch: int, heads: int, length: int) -> int:
@@ -129,7 +137,8 @@ def _forward_chunk(rule: Rule, table: jax.Array, inputs: _Inputs) -> jax.Array:
     for rows, code in zip(row_blocks(q.shape[2]), codes):
         columns = slice(0, code.shape[-1])
         scores = _block_scores(rule, q[:, :, rows], k_t[..., columns], table, code)
-        out.append(_mixed(_weigh(rule, scores), v_t[..., columns]))
+        weights = _dropped(rule, _weigh(rule, scores), inputs.keep, rows)
+        out.append(_mixed(weights, v_t[..., columns]))
     result = _tokens_first(jnp.concatenate(out, axis=3))
     return jnp.where(real[:, :, None, None], result / rule.divisor, 0).astype(inputs.v.dtype)
 
@@ -146,8 +155,9 @@ def _backward_chunk(
     for rows, code in zip(row_blocks(q.shape[2]), codes):
         columns = slice(0, code.shape[-1])
         scores = _block_scores(rule, q[:, :, rows], k_t[..., columns], table, code)
-        upstream = g[:, :, rows] @ v_t[..., columns]
+        upstream = _dropped(rule, g[:, :, rows] @ v_t[..., columns], inputs.keep, rows)
         weights, d_scores = _pull(rule, scores, upstream)
+        weights = _dropped(rule, weights, inputs.keep, rows)
         # Heads are added one by one: as a chain of sums it fuses, as a reduction it would be a pass of its own.
         d_bias = functools.reduce(jnp.add, (d_scores[:, head] for head in range(q.shape[1])))
         d_table = d_table.at[code].add(d_bias, mode="promise_in_bounds")
@@ -171,10 +181,11 @@ def _attend(
     table: jax.Array,
     real: jax.Array,
     codes: tuple[jax.Array, ...],
+    keep: jax.Array | None,
 ) -> jax.Array:
     """Attention of q, k [B, T, H, D] and v [B, T, H, Dv] under the joint table: [B, T, H, Dv]."""
     rows = _chunk_rows(q.shape[0], q.shape[2], q.shape[1])
-    inputs = _chunked(_Inputs(q, k, v, real, codes), rows)
+    inputs = _chunked(_Inputs(q, k, v, real, codes, keep), rows)
     return jax.lax.map(lambda chunk: _forward_chunk(rule, table, chunk), inputs).reshape(v.shape)
 
 
@@ -189,13 +200,14 @@ def _attend_forward(
     table: jax.Array,
     real: jax.Array,
     codes: tuple[jax.Array, ...],
+    keep: jax.Array | None,
 ) -> tuple[jax.Array, _Residuals]:
-    return _attend(rule, q, k, v, table, real, codes), (_Inputs(q, k, v, real, codes), table)
+    return _attend(rule, q, k, v, table, real, codes, keep), (_Inputs(q, k, v, real, codes, keep), table)
 
 
 def _attend_backward(
     rule: Rule, residuals: _Residuals, d_out: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, None, None]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, None, None, None]:
     inputs, table = residuals
     batch, length, heads, _ = inputs.q.shape
     chunks = _chunked((inputs, d_out), _chunk_rows(batch, heads, length))
@@ -203,7 +215,7 @@ def _attend_backward(
         lambda carry, chunk: _backward_chunk(rule, table, carry, *chunk), jnp.zeros_like(table), chunks
     )
     d_q, d_k, d_v = (d.reshape(batch, *d.shape[2:]) for d in d_qkv)
-    return d_q, d_k, d_v, d_table, None, None
+    return d_q, d_k, d_v, d_table, None, None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -217,14 +229,17 @@ def _run(
     plan: Plan,
     position_bias: jax.Array | None,
     time_bias: jax.Array | None,
+    keep: jax.Array | None = None,
 ) -> jax.Array:
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     reach = tables(plan.tokens, plan.positions, plan.buckets)
     table = joint_table(reach, position_bias, time_bias, HIDDEN, dtype)
     prepared = plan.prepared["xla"]
     if isinstance(prepared, Tiles):
+        if keep is not None:
+            raise NotImplementedError(f"drops weights of rows up to {LONGEST_ROW} tokens, got {q.shape[1]}")
         return xla_tiles.attend(rule, reach, q, k, v, table, prepared)
-    return _attend(rule, q, k, v, table, plan.tokens.segment != 0, prepared)
+    return _attend(rule, q, k, v, table, plan.tokens.segment != 0, prepared, keep)
 
 
 def hstu(
@@ -251,6 +266,8 @@ def softmax(
     scale: float,
     position_bias: jax.Array | None,
     time_bias: jax.Array | None,
+    rate: float,
+    keep: jax.Array | None,
 ) -> jax.Array:
     """See `api.softmax_attention`."""
-    return _run(Rule("softmax", scale, 1.0), q, k, v, plan, position_bias, time_bias)
+    return _run(Rule("softmax", scale, 1.0, rate), q, k, v, plan, position_bias, time_bias, keep)

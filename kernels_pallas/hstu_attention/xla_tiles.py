@@ -24,6 +24,7 @@ class Rule(NamedTuple):
     kind: Literal["silu", "softmax"]
     scale: float  # on the products of queries and keys
     divisor: float  # of the output
+    rate: float = 0.0  # of dropout on the weights
 
 
 class Tiles(NamedTuple):

@@ -82,6 +82,54 @@ def test_tiles_keep_nan_padding_out_of_softmax(monkeypatch):
         assert not np.asarray(x)[np.broadcast_to(padding, x.shape)].any()
 
 
+def dropped(inputs, tokens, backend, rate=0.25, key=3):
+    q, k, v, cotangent, position, time = inputs
+
+    def call(q, k, v, position, time):
+        tables = {"position_bias": position, "time_bias": time, "implementation": backend}
+        return softmax_attention(q, k, v, tokens, scale=0.6, rate=rate, key=jax.random.key(key), **tables)
+
+    out, pull = jax.vjp(jax.jit(call), q, k, v, position, time)
+    return [out, *pull(cotangent)]
+
+
+def test_dropped_softmax_weights_match_the_reference_in_float64():
+    with jax.enable_x64(True):
+        inputs, tokens = rows(0, (3, 50, 2, 5), np.float64), some_tokens()
+        for got, want in zip(dropped(inputs, tokens, "xla"), dropped(inputs, tokens, "reference"), strict=True):
+            assert_close(got, want, 1e-13)
+
+
+@pytest.mark.parametrize("backend", ["xla", "reference"])
+def test_dropout_zeroes_weights_and_grows_the_others(backend):
+    """With unit vectors as values the output is the weights themselves; 70 tokens are two blocks."""
+    tokens = padded_tokens(jnp.array([70, 70]), 70)
+    inputs = rows(0, (2, 70, 2, 70))
+    inputs[2] = jnp.broadcast_to(jnp.eye(70)[None, :, None], inputs[2].shape)
+    q, k, v = inputs[:3]
+    plain = np.asarray(softmax_attention(q, k, v, tokens, scale=0.1, implementation=backend))
+    options = {"scale": 0.1, "rate": 0.25, "implementation": backend}
+    left, again, other = (
+        np.asarray(softmax_attention(q, k, v, tokens, key=jax.random.key(seed), **options)) for seed in (0, 0, 1)
+    )
+    kept, seen = left > 0, plain > 0
+    np.testing.assert_allclose(left, np.where(kept, plain / 0.75, 0), rtol=1e-5)
+    np.testing.assert_array_equal(left, again)
+    assert not np.array_equal(kept, other > 0)
+    share = kept.sum() / seen.sum()
+    assert abs(share - 0.75) < 5 * np.sqrt(0.75 * 0.25 / seen.sum())
+    for axis in (0, 2):  # rows and heads draw on their own
+        assert not np.array_equal(kept.take(0, axis), kept.take(1, axis))
+
+
+def test_weights_of_long_rows_are_not_dropped(monkeypatch):
+    use_tiles(monkeypatch, 16)
+    with pytest.raises(NotImplementedError, match="drops weights of rows up to 0 tokens, got 50"):
+        dropped(rows(0, (3, 50, 2, 5)), some_tokens(), "xla")
+    with pytest.raises(ValueError, match=r"rate of dropout must be in \[0, 1\)"):
+        dropped(rows(0, (3, 50, 2, 5)), some_tokens(), "xla", rate=1.0)
+
+
 def test_tokens_may_differ_under_vmap(monkeypatch):
     """Each mapped batch has its own lengths, so its own number of tiles."""
     use_tiles(monkeypatch, 16)

@@ -16,11 +16,16 @@ from genrec_jax.layouts import CONTEXT_HISTORY_CANDIDATES, INTERLEAVED, ITEMS, n
 from genrec_jax.models import registry
 from genrec_jax.models.base import Build
 from genrec_jax.models.hstu_retrieval import HSTURetrievalConfig
+from genrec_jax.models.sasrec import SASRecConfig
 from genrec_jax.train.estimate import flops_per_candidate
 from kernels_pallas.hstu_attention import api
 from tests.models.gr_helpers import RANKERS, SCHEMA, random_batch
 
-MODELS = {**RANKERS, "hstu_retrieval": HSTURetrievalConfig(width=16, heads=2, negatives=8)}
+RETRIEVERS = {
+    "hstu_retrieval": HSTURetrievalConfig(width=16, heads=2, negatives=8),
+    "sasrec": SASRecConfig(width=16, heads=2, negatives=8),
+}
+MODELS = {**RANKERS, **RETRIEVERS}
 
 
 def build(name, shape, schema=SCHEMA, **changes):
@@ -50,6 +55,7 @@ PREFIX_TWICE = (1 + 12) * (1 + 12 + 1) / 2  # [context | item, action, item, ...
 HSTU_PAIRS = PREFIX_TWICE + 3 * (1 + 12 + 1)
 # An HSTU block maps a token to U, V, Q, K and one of them back, a Transformer's to Q, K, V, back, and through 4 x 16;
 # a pair costs a dot product of width 16 and adds a value of width 16.
+SASREC_TOKEN = 2 * (16 * 48 + 16 * 16 + 16 * 16 + 16 * 16)  # Q, K, V, back, and through a layer of 16
 HSTU_TOKEN, SOFTMAX_TOKEN, PAIR = 2 * (16 * 64 + 16 * 16), 2 * (16 * 48 + 16 * 16 + 16 * 64 + 64 * 16), 2 * (16 + 16)
 CANDIDATE = (
     2 * (36 * 16 + 16 * 16)  # MLP_c of item and request features
@@ -68,6 +74,7 @@ BY_HAND = {
     "softmax_interleaved": MLP_U + 2 * ((1 + 12 + 3) * SOFTMAX_TOKEN + HSTU_PAIRS * PAIR) + LINEAR_HEAD,
     # No context, no candidates among the tokens; the loss compares each state with its target and 8 negatives.
     "hstu_retrieval": 2 * (6 * HSTU_TOKEN + 6 * 7 / 2 * PAIR) + 2 * 6 * 16 * (1 + 8),
+    "sasrec": 2 * (6 * SASREC_TOKEN + 6 * 7 / 2 * PAIR) + 2 * 6 * 16 * (1 + 8),
 }
 
 
@@ -75,7 +82,7 @@ BY_HAND = {
 def test_flops_by_hand(name):
     cost = build(name, SIX_AND_THREE).cost(SIX_AND_THREE)
     assert cost.flops == BY_HAND[name]
-    assert cost.loss_flops == (2 * 6 * 16 * 9 if name == "hstu_retrieval" else 0)
+    assert cost.loss_flops == (2 * 6 * 16 * 9 if name in RETRIEVERS else 0)
 
 
 def test_flops_of_a_packed_row_by_hand():
@@ -102,8 +109,9 @@ def test_scoring_a_candidate_does_not_pay_for_the_training_loss():
     for name in MODELS:
         trial = Trial(DataConfig("unread", history=6, candidates=3), MODELS[name], TrainConfig())
         scored = flops_per_candidate(trial, build(name, SIX_AND_THREE))
-        if name == "hstu_retrieval":
-            assert scored == pytest.approx(2 * (6 * HSTU_TOKEN + 21 * PAIR) / 39 + 2 * 16)
+        if name in RETRIEVERS:
+            token = HSTU_TOKEN if name == "hstu_retrieval" else SASREC_TOKEN
+            assert scored == pytest.approx(2 * (6 * token + 21 * PAIR) / 39 + 2 * 16)
         else:
             assert scored == pytest.approx(BY_HAND[name] / 3)
 
@@ -138,7 +146,7 @@ def test_flops_agree_with_xla(name, monkeypatch):
 
     def forward(state, batch, negatives):
         model = nnx.merge(graph, state)
-        if name != "hstu_retrieval":
+        if name not in RETRIEVERS:
             return model(batch)
         rows = next_item(batch)
         return model.sampled_loss(model.states(batch, rows, None), rows.target, negatives)
@@ -146,7 +154,7 @@ def test_flops_agree_with_xla(name, monkeypatch):
     negatives = np.ones((1, 24, 1024), np.int32)
     counted = jax.jit(forward).lower(state, batch, negatives).compile().cost_analysis()["flops"]
     interleaved = name in ("hstu", "softmax_interleaved")
-    layout = ITEMS if name == "hstu_retrieval" else INTERLEAVED if interleaved else CONTEXT_HISTORY_CANDIDATES
+    layout = ITEMS if name in RETRIEVERS else INTERLEAVED if interleaved else CONTEXT_HISTORY_CANDIDATES
     unseen = layout.row_tokens(shape) ** 2 - layout.pairs(shape)
     square = 2 * 4 * width * unseen  # two layers, 2 (dqk + dv) per pair
     np.testing.assert_allclose(model.cost(shape).flops, counted - square, rtol=0.05)

@@ -1,4 +1,4 @@
-"""HSTU retrieval: parity with recorded vectors of the public PyTorch code, and the properties of its rows."""
+"""HSTU and SASRec retrieval: parity with recorded vectors of the public PyTorch code, and their rows' properties."""
 
 import dataclasses
 import functools
@@ -15,13 +15,17 @@ from flax import nnx
 from genrec_jax.batch import Batch, Candidates, Context, History, Shape
 from genrec_jax.data.schema import Schema
 from genrec_jax.layouts import next_item
-from genrec_jax.models.hstu_retrieval import RESERVED, HSTURetrievalConfig
+from genrec_jax.models.hstu_retrieval import HSTURetrievalConfig
+from genrec_jax.models.retrieval import RESERVED
+from genrec_jax.models.sasrec import SASRecConfig
 from tests.models.gr_helpers import change, initialised, jit, pack, random_batch
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
 SHAPE = Shape(history=10, candidates=1)
 SCHEMA = Schema(items=30, tasks=("watch",))
 TINY = HSTURetrievalConfig(width=16, heads=2, dropout=0.5, negatives=8)
+TINIES = {"hstu_retrieval": TINY, "sasrec": SASRecConfig(width=16, heads=2, dropout=0.5, negatives=8)}
+both_models = pytest.mark.parametrize("name", TINIES)
 
 
 def reference_batch(record):
@@ -43,6 +47,15 @@ def reference_parameters(record, group, blocks):
         ("positions",): record[f"{group}/_input_features_preproc._pos_emb.weight"],
     }
     for i in range(blocks):
+        ours = ("stack", "blocks", i)
+        if f"{group}/forward_layers.{i}._conv1d.0.weight" in record:
+            attention, ffn = f"{group}/attention_layers.{i}", f"{group}/forward_layers.{i}._conv1d"
+            maps = {"project": f"{attention}.in_proj_", "out": f"{attention}.out_proj."}
+            maps |= {"inner": f"{ffn}.0.", "outer": f"{ffn}.3."}
+            for name, theirs in maps.items():
+                out[*ours, name, "kernel"] = record[f"{theirs}weight"].reshape(-1, record[f"{theirs}weight"].shape[1]).T
+                out[*ours, name, "bias"] = record[f"{theirs}bias"]
+            continue
         theirs, ours = f"{group}/_hstu._attention_layers.{i}", ("stack", "blocks", i)
         out |= {
             (*ours, "project", "kernel"): record[f"{theirs}._uvqk"],
@@ -55,21 +68,17 @@ def reference_parameters(record, group, blocks):
 
 
 @pytest.mark.skipif(not GOLDEN.is_dir(), reason="recorded vectors are not beside this checkout")
-@pytest.mark.parametrize("file", ["retrieval_hstu_base", "retrieval_hstu_heads"])
+@pytest.mark.parametrize("file", ["retrieval_hstu_base", "retrieval_hstu_heads", "retrieval_sasrec"])
 def test_parity_with_the_public_code(file):
     with np.load(GOLDEN / f"{file}.npz") as archive:
         record = dict(archive)
     meta = json.loads(str(record["meta"]))
     batch = reference_batch(record)
     assert meta["padded_len"] == meta["max_sequence_len"] + RESERVED
-    config = HSTURetrievalConfig(
-        width=meta["D"],
-        depth=meta["blocks"],
-        heads=meta["heads"],
-        dropout=0.0,
-        qk_width=meta["dqk"],
-        v_width=meta["dv"],
-    )
+    sizes = {"width": meta["D"], "depth": meta["blocks"], "heads": meta["heads"], "dropout": 0.0}
+    config = SASRecConfig(**sizes)
+    if meta["kind"] == "hstu":
+        config = HSTURetrievalConfig(**sizes, qk_width=meta["dqk"], v_width=meta["dv"])
     schema = Schema(items=meta["num_items"] + 1, tasks=("watch",))
     model = initialised(config, Shape(meta["max_sequence_len"], 1), schema)
     graph, state = nnx.split(model)
@@ -99,33 +108,33 @@ def test_parity_with_the_public_code(file):
 
 
 @functools.cache
-def _jitted():
+def _jitted(name):
     """The state of a tiny model with dropout, and its jitted (states, users, loss)."""
-    graph, state = nnx.split(tiny())
+    graph, state = nnx.split(tiny(name))
     states = jit(lambda s, batch: nnx.merge(graph, s).states(batch, next_item(batch), None))
     users = jit(lambda s, batch: nnx.merge(graph, s).users(batch))
     loss = jit(lambda s, batch, seed: nnx.merge(graph, s).loss(batch, nnx.Rngs(seed)))
     return state, states, users, loss
 
 
-def states_of(batch):
-    state, states, _, _ = _jitted()
+def states_of(batch, name="hstu_retrieval"):
+    state, states, _, _ = _jitted(name)
     return np.asarray(states(state, batch))
 
 
-def users_of(batch):
-    state, _, users, _ = _jitted()
+def users_of(batch, name="hstu_retrieval"):
+    state, _, users, _ = _jitted(name)
     return np.asarray(users(state, batch))
 
 
-def loss_of(batch, seed=0):
-    state, _, _, loss = _jitted()
+def loss_of(batch, seed=0, name="hstu_retrieval"):
+    state, _, _, loss = _jitted(name)
     total, count = loss(state, batch, jax.random.key(seed))
     return float(total), float(count)
 
 
-def tiny(**changes):
-    return initialised(dataclasses.replace(TINY, **changes), SHAPE, SCHEMA)
+def tiny(name="hstu_retrieval", **changes):
+    return initialised(dataclasses.replace(TINIES[name], **changes), SHAPE, SCHEMA)
 
 
 def rows_batch(lengths=((10,), (4,), (1,)), shape=SHAPE):
@@ -151,30 +160,45 @@ def test_a_user_does_not_depend_on_the_target_item_but_on_its_time():
     assert np.abs(users_of(later) - users_of(batch)).max() > 1e-7
 
 
-def test_packed_users_equal_separate_ones():
+def test_sasrec_knows_order_but_no_time():
+    batch = rows_batch()
+    again = random_batch(SHAPE, [[10], [4], [1]], seed=1, schema=SCHEMA)
+    other = change(batch, "history", time=again.history.time)
+    other = change(other, "candidates", time=again.candidates.time)
+    np.testing.assert_array_equal(states_of(other, "sasrec"), states_of(batch, "sasrec"))
+    item = batch.history.item.copy()
+    item[:, [0, 1]] = item[:, [1, 0]]
+    swapped = states_of(change(batch, "history", item=item), "sasrec")
+    assert np.abs(swapped - states_of(batch, "sasrec"))[0, 2:].max() > 1e-4
+
+
+@both_models
+def test_packed_users_equal_separate_ones(name):
     separate = rows_batch(((4,), (1,), (3,)))
     packed = pack(separate, Shape(10, 1, 3))
-    np.testing.assert_allclose(users_of(packed)[0], users_of(separate)[:, 0], rtol=0, atol=1e-6)
-    assert loss_of(separate)[1] == loss_of(packed)[1] == 8
+    np.testing.assert_allclose(users_of(packed, name)[0], users_of(separate, name)[:, 0], rtol=0, atol=1e-6)
+    assert loss_of(separate, name=name)[1] == loss_of(packed, name=name)[1] == 8
 
 
-def test_later_events_do_not_reach_earlier_states():
+@both_models
+def test_later_events_do_not_reach_earlier_states(name):
     batch = rows_batch()
     item, time = batch.history.item.copy(), batch.history.time.copy()
     item[:, 6:], time[:, 7:] = item[:, 6:] % 29 + 1, time[:, 7:] + 9999
-    before, after = states_of(batch), states_of(change(batch, "history", item=item, time=time))
+    before, after = states_of(batch, name), states_of(change(batch, "history", item=item, time=time), name)
     np.testing.assert_array_equal(after[:, :6], before[:, :6])
     assert np.abs(after[0, 6:] - before[0, 6:]).max() > 1e-5
 
 
-def test_padding_is_irrelevant_and_dropout_is_not():
+@both_models
+def test_padding_is_irrelevant_and_dropout_is_not(name):
     batch = rows_batch()
     pad = batch.history.segment == 0
     item, time = np.where(pad, 10**6, batch.history.item), np.where(pad, 5, 1) * batch.history.time
     dirty = change(batch, "history", item=item.astype(np.int32), time=time.astype(np.int32))
-    np.testing.assert_array_equal(users_of(dirty), users_of(batch))
-    assert loss_of(dirty) == loss_of(batch)
-    losses = [loss_of(batch, seed)[0] for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(users_of(dirty, name), users_of(batch, name))
+    assert loss_of(dirty, name=name) == loss_of(batch, name=name)
+    losses = [loss_of(batch, seed, name)[0] for seed in (0, 0, 1)]
     assert losses[0] == losses[1] != losses[2]
 
 
@@ -188,8 +212,9 @@ def test_negatives_equal_to_the_target_are_left_out():
     assert float(count) == 15
 
 
-def test_gradients_are_finite_everywhere_and_loss_falls():
-    graph, state = nnx.split(tiny(dropout=0.0))
+@both_models
+def test_gradients_are_finite_everywhere_and_loss_falls(name):
+    graph, state = nnx.split(tiny(name, dropout=0.0))
     batch = rows_batch(((10,), (8,), (9,)) * 4)
     pattern = (np.arange(10)[None] * 3 + np.arange(12)[:, None]) % 29 + 1  # the next item is three further
     batch = change(batch, "history", item=pattern.astype(np.int32))
