@@ -64,6 +64,7 @@ class TrainStream:
             plan = _PassPlan(plan_segments(table.history_length, config.history, config.segments, seed), seed)
         self.rows, self.occupied = plan.rows, plan.occupied()
         self.targets = row_tables.supervised_targets(kind, table)
+        self._sequences, self._table, self._kind = sequences, table, kind
         self.steps_per_epoch = self.rows / batch_rows
         batches = max(1, min(_CHUNK_ROWS, _CHUNK_EVENTS // config.history) // batch_rows)
         self._make = _ChunkAt(Assembler(sequences, table, config.shape), plan, batch_rows, batches)
@@ -90,6 +91,11 @@ class TrainStream:
             self._ready.extend(self._make.split(next(self._chunks)))
         self._next += 1
         return self._ready.popleft()
+
+    def target_counts(self) -> np.ndarray:
+        """[items] int64: how often each item is a supervised target in one pass."""
+        events = row_tables.target_events(self._kind, self._table)
+        return np.bincount(np.asarray(self._sequences.item)[events], minlength=self._sequences.schema.items)
 
     def get_state(self) -> dict[str, int | str]:
         """JSON-serialisable state: the batches delivered so far, and what they were cut from."""

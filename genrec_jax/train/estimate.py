@@ -17,6 +17,7 @@ from genrec_jax.models import registry
 from genrec_jax.models.base import Build, Ranker
 from genrec_jax.models.registry import Model
 from genrec_jax.nn.cost import Cost
+from genrec_jax.retrieval_loss import Popularity
 from genrec_jax.train.hardware import matmul_peak
 
 # Only for the expected time of a dry run: what a step costs besides its products, and the share of the machine's matmul
@@ -61,9 +62,10 @@ class Account:
         )
 
 
-def abstract_model(trial: Trial, schema: Schema) -> Model:
+def abstract_model(trial: Trial, schema: Schema, popularity: Popularity | None = None) -> Model:
     """The trial's model with shapes in place of parameters: it states its cost, and runs once parameters are bound.
 
+    ``popularity``: of the training targets, which a loss may need.
     Raises UserError for a ranker on a dataset without labels.
     """
     if trial.model.goal == "ranking" and not schema.tasks:
@@ -71,7 +73,7 @@ def abstract_model(trial: Trial, schema: Schema) -> Model:
             f"model {trial.model.name!r} ranks by labels and the dataset has none: import it with --label, or use "
             "hstu_retrieval or sasrec"
         )
-    return nnx.eval_shape(lambda: _build(trial, schema, nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: _build(trial, schema, nnx.Rngs(0), popularity))
 
 
 def init_params(trial: Trial, schema: Schema) -> Any:
@@ -83,8 +85,8 @@ def init_params(trial: Trial, schema: Schema) -> Any:
     return jax.jit(init)(jax.random.key(trial.seed))
 
 
-def _build(trial: Trial, schema: Schema, rngs: nnx.Rngs) -> Model:
-    build = Build(schema, trial.data.shape, jnp.dtype(trial.train.precision))
+def _build(trial: Trial, schema: Schema, rngs: nnx.Rngs, popularity: Popularity | None = None) -> Model:
+    build = Build(schema, trial.data.shape, jnp.dtype(trial.train.precision), popularity)
     return registry.build(trial.model, build, rngs=rngs)
 
 

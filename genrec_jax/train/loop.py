@@ -19,6 +19,7 @@ from genrec_jax.data.splits import Part
 from genrec_jax.errors import UserError
 from genrec_jax.models.base import Goal
 from genrec_jax.models.registry import Model
+from genrec_jax.retrieval_loss import Popularity
 from genrec_jax.train.checkpoint import Checkpoints
 from genrec_jax.train.estimate import Account, abstract_model, account, init_params
 from genrec_jax.train.evaluate import Evaluator
@@ -45,9 +46,10 @@ def train(trial: Trial, run_dir: Path, *, on_progress: Progress | None = None) -
     """
     started = time.perf_counter()
     sequences = load(trial.data.path)
-    model = abstract_model(trial, sequences.schema)
+    abstract_model(trial, sequences.schema)  # refuses what cannot be trained before anything is written
     run_dir.mkdir(parents=True, exist_ok=True)
     stream = TrainStream(sequences, trial.data, trial.model.rows, trial.train.batch_rows, seed=trial.seed)
+    model = abstract_model(trial, sequences.schema, Popularity(stream.target_counts()))
     counts = account(trial, model, stream)
     write_json(run_dir / "config.json", trial.to_json())
     params = init_params(trial, sequences.schema)

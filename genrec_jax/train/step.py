@@ -51,9 +51,10 @@ def make_step(model: Model, optimizer: optax.GradientTransformation, pieces: int
     def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
-        def total_loss(params: Any, part: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def total_loss(params: Any, part: Batch, own: jax.Array) -> tuple[jax.Array, jax.Array]:
             # Rngs are made here, not outside: their counters may only change at the trace level that made them.
-            return bind(model, params).loss(part, nnx.Rngs(key))
+            # The stream "batch" is for what all pieces of a batch have in common.
+            return bind(model, params).loss(part, nnx.Rngs(own, batch=jax.random.fold_in(key, 1)))
 
         def add(summed: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
             def more() -> Any:

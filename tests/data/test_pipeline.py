@@ -71,6 +71,21 @@ def test_users_rows_supervise_one_target_per_history_event(stream_of):
     assert all((b.candidates.segment == [[1, 0, 0]]).all() for b in batches)
 
 
+@pytest.mark.parametrize("kind", ["requests", "windows", "users"])
+def test_target_counts_are_those_of_one_pass(sequences, stream_of, kind):
+    stream = stream_of(kind, batch_rows=1)
+    counts = np.zeros(sequences.schema.items, np.int64)
+    for batch in take(stream, stream.rows):
+        history, first = batch.history.item[batch.history.supervised], batch.candidates.item[:, 0]
+        if kind == "users":  # an event predicts the next: the first is no target
+            items = np.concatenate([history[1:], first])
+        else:
+            items = np.concatenate([history, batch.candidates.item[batch.candidates.segment > 0]])
+        np.add.at(counts, items, 1)
+    np.testing.assert_array_equal(stream.target_counts(), counts)
+    assert counts.sum() == stream.targets
+
+
 def test_a_batch_packed_by_itself_is_as_many_users(sequences, stream_of):
     """Every pass visits every user once, in whole batches; its last one is what is left."""
     stream = stream_of("users", batch_rows=7, segments=3, packing="batch", history=40)
