@@ -91,11 +91,9 @@ def _settings(config: Mapping[str, Any]) -> Row:
     """
     plain = {key.partition(".")[2]: value for key, value in config.items() if key.startswith(("data.", "train."))}
     sizes = {key: value for key, value in config.items() if key.startswith("model.")}
-    return (
-        {key: value for key, value in plain.items() if key not in ("path", "digest", "steps", "eval_impressions")}
-        | sizes
-        | {"decay": "cosine"}
-    )
+    return {
+        key: value for key, value in plain.items() if key not in ("path", "digest", "steps", "eval_impressions")
+    } | sizes
 
 
 def _order(axis_value: float | None) -> tuple[bool, float]:

@@ -20,7 +20,11 @@ class DataConfig:
 
     path: folder made by ``genrec data import``. history: N, events a model may look back on. candidates: K per request.
     segments: how many short histories may share one row. validation, test: shares of events, by global time (ranking;
-    retrieval holds out each user's last two events instead). fraction: share of users whose events are trained on.
+    retrieval holds out each user's last events instead). protocol: of retrieval. "honest" trains on all but a user's
+    last two events and watches the last but one; "original", the public HSTU code's, trains on all but the last and
+    watches that, which is the test event. fraction: share of users whose events are trained on.
+    packing: how several segments come into a row. "pass" packs all rows once; a batch is ``batch_rows`` packed rows.
+    "batch" draws ``batch_rows`` rows and packs these, so that a batch is as many users however long they are.
     eval_impressions: evaluate on at most this many impressions, the same ones for every architecture.
     workers: processes that build batches ahead of the step (0: threads). digest: of the dataset's content, filled in
     when a path is resolved; stands for the path in the trial's name.
@@ -30,6 +34,8 @@ class DataConfig:
     history: int = 64
     candidates: int = 8
     segments: int = 1
+    packing: Literal["pass", "batch"] = "pass"
+    protocol: Literal["honest", "original"] = "honest"
     validation: float = 0.1
     test: float = 0.1
     fraction: float = 1.0
@@ -44,14 +50,17 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """How a trial is trained; AdamW, linear warm-up, cosine decay to zero just after the trial's own last step.
+    """How a trial is trained: AdamW.
 
     batch_rows: rows per step. epochs: passes over the training rows (ignored if ``steps`` is set). steps: optimiser
-    steps. warmup: share of the steps. embedding_learning_rate and embedding_weight_decay: the rule for tables.
-    clip: largest global gradient norm. precision: compute type; parameters and optimiser state stay float32.
-    pieces: parts of a batch that are worked on one after another. log_every: in steps. checkpoint_every: in steps,
-    but no sooner than checkpoint_seconds after the last one: a small model's step is shorter than its checkpoint.
-    validations: evaluations of the validation part, evenly spaced over the steps, the last one after the last step.
+    steps. warmup: share of the steps, linear. decay: of the learning rate after that: "cosine" to zero just after the
+    trial's own last step, or "constant", none. embedding_learning_rate and embedding_weight_decay: the rule for tables.
+    clip: largest global gradient norm, 0 for no limit. precision: compute type; parameters and optimiser state stay
+    float32. pieces: parts of a batch that are worked on one after another; empty ones are skipped. log_every: in steps.
+    checkpoint_every: in steps, but no sooner than checkpoint_seconds after the last one: a small model's step is
+    shorter than its checkpoint. validations: evaluations of the validation part, evenly spaced over the steps, the last
+    one after the last step. select: whose parameters are tested, the "last", or those of the "best" validation (by NE
+    or NDCG@10; the later of equals).
     report_test: evaluate the test part after that; while settings are being chosen it is best left unread.
     """
 
@@ -61,6 +70,7 @@ class TrainConfig:
     learning_rate: float = 1e-3
     embedding_learning_rate: float = 1e-3
     warmup: float = 0.05
+    decay: Literal["cosine", "constant"] = "cosine"
     weight_decay: float = 0.01
     embedding_weight_decay: float = 0.0
     beta1: float = 0.9
@@ -68,6 +78,7 @@ class TrainConfig:
     clip: float = 1.0
     precision: Literal["float32", "bfloat16"] = "float32"
     pieces: int = 1
+    select: Literal["last", "best"] = "last"
     report_test: bool = True
     log_every: int = 50
     checkpoint_every: int = 100
@@ -183,7 +194,6 @@ def check(trial: Trial) -> None:
         "train.batch_rows": train.batch_rows,
         "train.learning_rate": train.learning_rate,
         "train.embedding_learning_rate": train.embedding_learning_rate,
-        "train.clip": train.clip,
         "train.pieces": train.pieces,
         "train.log_every": train.log_every,
         "train.checkpoint_every": train.checkpoint_every,
@@ -207,11 +217,16 @@ def check(trial: Trial) -> None:
     for name in ("warmup", "beta1", "beta2"):
         if not 0 <= getattr(train, name) < 1:
             raise UserError(f"configuration key 'train.{name}' must be in [0, 1), not {getattr(train, name)}")
-    for name in ("weight_decay", "embedding_weight_decay", "checkpoint_seconds"):
+    for name in ("weight_decay", "embedding_weight_decay", "clip", "checkpoint_seconds"):
         if getattr(train, name) < 0:
             raise UserError(f"configuration key 'train.{name}' must not be negative, not {getattr(train, name)}")
     if data.workers < 0 or trial.seed < 0:
         raise UserError("configuration keys 'data.workers' and 'seed' must not be negative")
+    if data.protocol == "original" and (trial.model.goal != "retrieval" or train.select != "last"):
+        raise UserError(
+            "configuration key 'data.protocol' can be 'original' for retrieval alone, and with train.select=last: it "
+            "watches the test event, by which nothing may be chosen"
+        )
     trial.model.check()
 
 

@@ -20,7 +20,7 @@ from genrec_jax.data import rows as row_tables
 from genrec_jax.data.packing import EMPTY, Assembler, plan_segments
 from genrec_jax.data.rows import RowTable
 from genrec_jax.data.sequences import Sequences
-from genrec_jax.data.splits import Part, Split, hash64, kept_users, split_by_time, split_last_two
+from genrec_jax.data.splits import Part, Split, hash64, kept_users, split_by_time, split_last
 from genrec_jax.errors import UserError
 from genrec_jax.models.base import Goal, Rows
 
@@ -28,6 +28,7 @@ _THREADS = 2  # per process; numpy's gathers hold the GIL, so more threads only 
 _AHEAD = 4  # chunks kept ready per process
 _CHUNK_ROWS = 512  # rows gathered at once, fewer if they hold more events than this:
 _CHUNK_EVENTS = 1 << 16
+_SAMPLED_BATCHES = 64  # that tell how full packed rows are
 _ENDLESS = 1 << 60
 _ROUNDS = 6
 
@@ -36,10 +37,12 @@ class TrainStream:
     """Endless iterator of training batches: pass after pass over the rows, each in its own order.
 
     Passes follow one another without a seam: a batch may end one and begin the next, so no row is ever dropped and a
-    dataset smaller than one batch works (its rows then repeat within the batch).
+    dataset smaller than one batch works (its rows then repeat within the batch). With packing "batch" a batch holds
+    rows of one pass alone: the last one of a pass is filled up with empty rows, as every batch is once it is packed.
 
-    rows: packed rows in one pass. targets: supervised targets in one pass. steps_per_epoch: batches in one pass, a
-    fraction.
+    rows: rows in one pass, packed ones with packing "pass", and those that fill up its last batch with packing "batch".
+    occupied: share of them that hold anything once packed. targets: supervised targets in one pass. steps_per_epoch:
+    batches in one pass, a fraction with packing "pass".
     """
 
     def __init__(self, sequences: Sequences, config: DataConfig, kind: Rows, batch_rows: int, seed: int):
@@ -47,19 +50,24 @@ class TrainStream:
 
         Raises UserError naming the dataset if a part is empty or no training row is left.
         """
-        split = split_last_two(sequences) if kind == "users" else _time_split(sequences, config)
+        split = _last_split(sequences, config) if kind == "users" else _time_split(sequences, config)
         kept = kept_users(sequences.users, config.fraction)
         table = row_tables.training_rows(kind, sequences, split, kept, config.history, config.candidates)
         if not len(table):
             raise UserError(
                 f"dataset {sequences.name!r} has no training rows of kind {kind!r} with data.fraction {config.fraction}"
             )
-        plan = plan_segments(table.history_length, config.history, config.segments, seed)
-        self.rows = len(plan)
+        plan: _PassPlan | _BatchPlan
+        if config.packing == "batch":
+            plan = _BatchPlan(table.history_length, config.history, config.segments, batch_rows, seed)
+        else:
+            plan = _PassPlan(plan_segments(table.history_length, config.history, config.segments, seed), seed)
+        self.rows, self.occupied = plan.rows, plan.occupied()
         self.targets = row_tables.supervised_targets(kind, table)
+        self._sequences, self._table, self._kind = sequences, table, kind
         self.steps_per_epoch = self.rows / batch_rows
         batches = max(1, min(_CHUNK_ROWS, _CHUNK_EVENTS // config.history) // batch_rows)
-        self._make = _ChunkAt(Assembler(sequences, table, config.shape), plan, batch_rows, seed, batches)
+        self._make = _ChunkAt(Assembler(sequences, table, config.shape), plan, batch_rows, batches)
         self._workers = config.workers
         self._identity: dict[str, int | str] = {
             "rows": self.rows,
@@ -83,6 +91,11 @@ class TrainStream:
             self._ready.extend(self._make.split(next(self._chunks)))
         self._next += 1
         return self._ready.popleft()
+
+    def target_counts(self) -> np.ndarray:
+        """[items] int64: how often each item is a supervised target in one pass."""
+        events = row_tables.target_events(self._kind, self._table)
+        return np.bincount(np.asarray(self._sequences.item)[events], minlength=self._sequences.schema.items)
 
     def get_state(self) -> dict[str, int | str]:
         """JSON-serialisable state: the batches delivered so far, and what they were cut from."""
@@ -108,6 +121,61 @@ class TrainStream:
 
 
 @dataclasses.dataclass(frozen=True)
+class _PassPlan:
+    """Endless passes over rows that were packed once: ``plan`` [rows, S]."""
+
+    plan: np.ndarray
+    seed: int
+
+    @property
+    def rows(self) -> int:
+        return len(self.plan)
+
+    def occupied(self) -> float:
+        return 1.0
+
+    def __call__(self, position: np.ndarray) -> np.ndarray:
+        """The packed rows [P, S] at positions of the stream."""
+        return self.plan[shuffled(position, len(self.plan), self.seed)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _BatchPlan:
+    """Passes of whole batches: each draws ``batch_rows`` rows of a pass and packs them, best fit, among themselves."""
+
+    lengths: np.ndarray
+    capacity: int
+    segments: int
+    batch_rows: int
+    seed: int
+
+    @property
+    def rows(self) -> int:
+        return -(-len(self.lengths) // self.batch_rows) * self.batch_rows
+
+    def occupied(self) -> float:
+        """Measured over the first pass, or as much of it as is quick."""
+        sample = min(self.rows, _SAMPLED_BATCHES * self.batch_rows)
+        return float((self(np.arange(sample))[:, 0] != EMPTY).mean())
+
+    def __call__(self, position: np.ndarray) -> np.ndarray:
+        """The packed rows [P, S] at positions of the stream, which begin and end with a batch; empty ones last."""
+        size = len(self.lengths)
+        number, place = np.divmod(position, self.rows)
+        real = place < size
+        row = np.full(len(position), EMPTY, np.int64)
+        row[real] = shuffled(number[real] * size + place[real], size, self.seed)
+        return np.concatenate([self._packed(part[part != EMPTY]) for part in row.reshape(-1, self.batch_rows)])
+
+    def _packed(self, rows: np.ndarray) -> np.ndarray:
+        """[batch_rows, S]: the given rows."""
+        plan = plan_segments(self.lengths[rows], self.capacity, self.segments, self.seed)
+        out = np.full((self.batch_rows, self.segments), EMPTY, np.int64)
+        out[: len(plan)] = np.where(plan == EMPTY, EMPTY, rows[plan])
+        return out
+
+
+@dataclasses.dataclass(frozen=True)
 class _ChunkAt:
     """Chunk number i of a stream: ``batches`` consecutive batches, gathered at once.
 
@@ -116,15 +184,13 @@ class _ChunkAt:
     """
 
     assemble: Assembler
-    plan: np.ndarray
+    plan: _PassPlan | _BatchPlan
     batch_rows: int
-    seed: int
     batches: int
 
     def __call__(self, index: int) -> Batch:
         rows = self.batches * self.batch_rows
-        position = int(index) * rows + np.arange(rows)
-        return self.assemble(self.plan[shuffled(position, len(self.plan), self.seed)])
+        return self.assemble(self.plan(int(index) * rows + np.arange(rows)))
 
     def split(self, chunk: Batch) -> list[Batch]:
         """The chunk's batches, in order, as views."""
@@ -187,10 +253,11 @@ class EvaluationBatches:
         table = _evaluation_table(sequences, config, goal, part)
         self.impressions = table.candidates
         self.fingerprint = _fingerprint(sequences, part, table)
-        self._assemble = Assembler(sequences, table, Shape(config.history, config.candidates))
-        padded = -(-len(table) // batch_rows) * batch_rows
-        self._plan = np.full((padded, 1), EMPTY, np.int64)
-        self._plan[: len(table), 0] = np.arange(len(table))
+        segments = config.segments if goal == "retrieval" else 1
+        self._assemble = Assembler(sequences, table, Shape(config.history, config.candidates, segments))
+        plan = plan_segments(table.history_length, config.history, segments, seed=0)
+        self._plan = np.full((-(-len(plan) // batch_rows) * batch_rows, segments), EMPTY, np.int64)
+        self._plan[: len(plan)] = plan
         self._batch_rows = batch_rows
 
     def __len__(self) -> int:
@@ -204,10 +271,11 @@ class EvaluationBatches:
 def evaluation_batches(
     sequences: Sequences, config: DataConfig, goal: Goal, part: Part, batch_rows: int
 ) -> EvaluationBatches:
-    """Batches over the part's fixed impressions, one segment per row; the last is padded with empty rows.
+    """Batches over the part's fixed impressions; the last is padded with empty rows.
 
-    Ranking: the part's requests, at most ``eval_impressions`` candidates. Retrieval: the part's held-out event of at
-    most that many users, in slot 0. The choice depends on the dataset, the split and K, never on N, the model or a
+    Ranking: the part's requests, at most ``eval_impressions`` candidates, one request per row. Retrieval: the part's
+    held-out event of at most that many users, in the first slot of their segment; rows are packed by ``segments``. The
+    choice depends on the dataset, the split and K, never on N, the model, the packing or a
     seed. Raises UserError naming the dataset and the part if it is empty.
     """
     return EvaluationBatches(sequences, config, goal, part, batch_rows)
@@ -234,7 +302,7 @@ def evaluation_events(
 
 def _evaluation_table(sequences: Sequences, config: DataConfig, goal: Goal, part: Part) -> RowTable:
     if goal == "retrieval":
-        rows = row_tables.next_item_rows(sequences, split_last_two(sequences), part, config.history)
+        rows = row_tables.next_item_rows(sequences, _last_split(sequences, config), part, config.history)
     else:
         split = _time_split(sequences, config)
         rows = row_tables.request_rows(sequences, split, part, config.history, config.candidates)
@@ -246,6 +314,10 @@ def _fingerprint(sequences: Sequences, part: Part, rows: RowTable) -> str:
     for column in (rows.history_stop, rows.target_start, rows.target_stop):
         digest.update(np.ascontiguousarray(column, "<i8").tobytes())
     return digest.hexdigest()[:12]
+
+
+def _last_split(sequences: Sequences, config: DataConfig) -> Split:
+    return split_last(sequences, validation=config.protocol == "honest")
 
 
 def _time_split(sequences: Sequences, config: DataConfig) -> Split:

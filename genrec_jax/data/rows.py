@@ -75,6 +75,13 @@ def supervised_targets(kind: Rows, rows: RowTable) -> int:
     }[kind]
 
 
+def target_events(kind: Rows, rows: RowTable) -> np.ndarray:
+    """Event indices of the targets that :func:`supervised_targets` counts, row after row."""
+    first = {"requests": rows.target_start, "windows": rows.history_start, "users": rows.history_start + 1}[kind]
+    owner, within = _expand(rows.target_stop - first)
+    return first[owner] + within
+
+
 def request_rows(
     sequences: Sequences, split: Split, part: Part, history: int, candidates: int, kept: np.ndarray | None = None
 ) -> RowTable:

@@ -1,8 +1,8 @@
 """Which events are trained on, and which are evaluated.
 
 Ranking splits by global time: an event belongs to a part by its own time against two boundaries, so nothing trained on
-is later than anything evaluated. Retrieval holds out each user's last two events, as sequential-recommendation papers
-do (Kang & McAuley, SASRec, ICDM 2018). Either way a part is one contiguous range of every user's events.
+is later than anything evaluated. Retrieval holds out each user's last two events, or the last, as papers on sequential
+recommendation do (Kang & McAuley, SASRec, ICDM 2018). Either way a part is one contiguous range of every user's events.
 """
 
 import dataclasses
@@ -45,20 +45,21 @@ def split_by_time(sequences: Sequences, validation: float, test: float) -> Split
     # A user's events are in time order, so counting those before a boundary finds where the part begins.
     cuts = [first + _count_per_user(time < boundary, sequences.offsets) for boundary in boundaries]
     split = Split(np.stack([first, *cuts, last]).astype(np.int64))
-    _refuse_empty(sequences, split, "its times leave none; change data.validation or data.test")
+    _refuse_empty(sequences, split, PARTS, "its times leave none; change data.validation or data.test")
     return split
 
 
-def split_last_two(sequences: Sequences) -> Split:
-    """Holds out each user's last event (test) and second-last (validation).
+def split_last(sequences: Sequences, *, validation: bool = True) -> Split:
+    """Holds out each user's last event (test) and second-last (validation; without, it is trained on).
 
     A user with fewer than three events would be evaluated on no or hardly any history: all of its events are
-    training. Raises UserError naming the dataset and the part if a part is empty.
+    training. Raises UserError naming the dataset and the part if another part is empty.
     """
     first, last = sequences.offsets[:-1], sequences.offsets[1:]
     held = (last - first >= 3).astype(np.int64)
-    split = Split(np.stack([first, last - 2 * held, last - held, last]).astype(np.int64))
-    _refuse_empty(sequences, split, "no user has three events or more")
+    split = Split(np.stack([first, last - (1 + validation) * held, last - held, last]).astype(np.int64))
+    parts = PARTS if validation else ("train", "test")
+    _refuse_empty(sequences, split, parts, "no user has three events or more")
     return split
 
 
@@ -90,8 +91,8 @@ def _count_per_user(flags: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     return total[offsets[1:]] - total[offsets[:-1]]
 
 
-def _refuse_empty(sequences: Sequences, split: Split, reason: str) -> None:
-    for part in PARTS:
+def _refuse_empty(sequences: Sequences, split: Split, parts: tuple[Part, ...], reason: str) -> None:
+    for part in parts:
         start, stop = split.ranges(part)
         if not (stop > start).any():
             raise UserError(f"dataset {sequences.name!r} has no {part} events: {reason}")

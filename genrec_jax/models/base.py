@@ -10,6 +10,7 @@ from flax import nnx
 from genrec_jax.batch import Batch, Shape
 from genrec_jax.data.schema import Schema
 from genrec_jax.nn.cost import Cost
+from genrec_jax.retrieval_loss import Popularity
 
 # How a training row is cut from the log: "requests" = one request's candidates with the history before it; "windows" =
 # disjoint windows of consecutive events, each supervised once; "users" = one row per user, the next item as target.
@@ -31,11 +32,15 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Build:
-    """What the data decides: the schema, the static row shape and the compute type (float32 or bfloat16)."""
+    """What the data decides: the schema, the static row shape and the compute type (float32 or bfloat16).
+
+    popularity: of the items as training targets; None where nothing is trained.
+    """
 
     schema: Schema
     shape: Shape
     dtype: jnp.dtype
+    popularity: Popularity | None = None
 
 
 class Ranker(nnx.Module):

@@ -5,7 +5,9 @@ import dataclasses
 import jax
 from flax import nnx
 
+from genrec_jax.batch import Batch
 from genrec_jax.errors import UserError
+from genrec_jax.layouts import NextItem
 from genrec_jax.models import registry
 from genrec_jax.models.base import Build
 from genrec_jax.models.retrieval import RESERVED, NextItemRetriever, RetrievalConfig
@@ -15,11 +17,17 @@ from genrec_jax.nn.hstu import HSTUBlock
 
 @dataclasses.dataclass(frozen=True)
 class HSTURetrievalConfig(RetrievalConfig):
-    """Sizes as in RetrievalConfig. qk_width, v_width: of one head, 0 for width / heads."""
+    """Sizes as in RetrievalConfig. qk_width, v_width: of one head, 0 for width / heads.
+
+    next_time: attention asks at the time of the next event, which is known when an item is asked for; else at that of
+    its own event. true_length: attention is divided by its user's events, not by the longest row's.
+    """
 
     name = "hstu_retrieval"
     qk_width: int = 0
     v_width: int = 0
+    next_time: bool = True
+    true_length: bool = False
 
     def check(self) -> None:
         super().check()
@@ -31,11 +39,12 @@ class HSTURetrievalConfig(RetrievalConfig):
 class HSTURetrieval(NextItemRetriever):
     """Next-item prediction with HSTU blocks and relative position and time bias.
 
-    Attention asks at the time of the next event, which a recommender knows; models without time (SASRec) do not see it.
+    The published model sees the time of the event it predicts; models without time (SASRec) do not.
     """
 
     def __init__(self, config: HSTURetrievalConfig, build: Build, *, rngs: nnx.Rngs):
         longest = build.shape.history + RESERVED
+        self.next_time = config.next_time
         v_width = config.v_width or config.width // config.heads
 
         def block() -> HSTUBlock:
@@ -50,6 +59,13 @@ class HSTURetrieval(NextItemRetriever):
                 dtype=build.dtype,
                 rngs=rngs,
                 out_bias=fan_in_uniform(config.heads * v_width),
+                true_length=config.true_length,
             )
 
         super().__init__(config, build, positions=xavier_normal, block=block, reach=longest, rngs=rngs)
+
+    def rows(self, batch: Batch) -> NextItem:
+        rows = super().rows(batch)
+        if self.next_time:
+            return rows
+        return rows._replace(tokens=rows.tokens._replace(query_time=rows.tokens.key_time))

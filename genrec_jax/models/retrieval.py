@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from genrec_jax.nn.basic import dropout
 from genrec_jax.nn.cost import Cost, total
 from genrec_jax.nn.embedding import Table
 from genrec_jax.nn.stack import Block, Stack
-from genrec_jax.retrieval_loss import draw_negatives, l2_normalise, sampled_softmax
+from genrec_jax.retrieval_loss import draw_negatives, full_softmax, l2_normalise, sampled_softmax
 
 # The public code reserves 10 output slots and one for the target; they only enter the divisor and the table sizes.
 RESERVED = 11
@@ -24,8 +25,12 @@ RESERVED = 11
 
 @dataclasses.dataclass(frozen=True)
 class RetrievalConfig(SequenceConfig):
-    """width, depth, heads, dropout: the published ML-1M base. negatives: R per position, uniform over the items.
-    temperature: of the softmax over cosines."""
+    """width, depth, heads, dropout: the published ML-1M base.
+
+    negatives: R per position, 0 for the full softmax over all items. sampling: of negatives, "uniform" over the items,
+    or by "popularity", their share of the training targets. logq: correct the logits for that. shared_negatives: draw R
+    once for all positions of a batch. temperature: of the softmax over cosines.
+    """
 
     rows = "users"
     goal = "retrieval"
@@ -34,19 +39,28 @@ class RetrievalConfig(SequenceConfig):
     heads: int = 1
     dropout: float = 0.2
     negatives: int = 128
+    sampling: Literal["uniform", "popularity"] = "uniform"
+    logq: bool = False
+    shared_negatives: bool = False
     temperature: float = 0.05
 
     def check(self) -> None:
         super().check()
-        if self.negatives < 1 or not self.temperature > 0:
-            raise UserError("model.negatives and model.temperature must be positive")
+        if self.negatives < 0 or not self.temperature > 0:
+            raise UserError("model.temperature must be positive and model.negatives must not be negative")
+        if self.negatives == 0 and (self.sampling, self.logq, self.shared_negatives) != ("uniform", False, False):
+            raise UserError(
+                "model.negatives=0 draws none: leave model.sampling, model.logq, model.shared_negatives alone"
+            )
+        if self.logq and self.sampling == "uniform":
+            raise UserError("model.logq changes nothing with model.sampling=uniform: every item is drawn alike")
 
 
 class NextItemRetriever(Retriever):
     """x_t = dropout(sqrt(D) E[i_t] + P[t]);  y = stack(x) / |stack(x)|;  score(item) = y . E[item] / |E[item]|.
 
-    Loss: sampled softmax over the next item and R uniform negatives per position. What stands between x and y is all
-    that a model has to say.
+    Loss: softmax over the next item and R negatives per position, or over all items. What stands between x and y is
+    all that a model has to say.
     """
 
     def __init__(
@@ -63,6 +77,8 @@ class NextItemRetriever(Retriever):
         position tables, 0 if they have none."""
         self.width, self.negatives, self.temperature = config.width, config.negatives, config.temperature
         self.dropout, self.dtype = config.dropout, build.dtype
+        self.shared_negatives, self.logq = config.shared_negatives, config.logq
+        self.popular, self.popularity = config.sampling == "popularity", build.popularity
         self.items_table = Table(build.schema.items, config.width, std=0.02, rngs=rngs)
         self.positions = nnx.Param(positions(rngs.params(), (build.shape.history + RESERVED, config.width)))
         self.stack = Stack([block() for _ in range(config.depth)], longest=reach)
@@ -70,15 +86,30 @@ class NextItemRetriever(Retriever):
     def users(self, batch: Batch) -> jax.Array:
         segments = batch.user.shape[1]
         last = last_events(batch.history.segment, segments)
-        return jnp.take_along_axis(self.states(batch, next_item(batch), None), last[..., None], axis=1)
+        return jnp.take_along_axis(self.states(batch, self.rows(batch), None), last[..., None], axis=1)
 
     def items(self) -> jax.Array:
         return l2_normalise(self.items_table.rows_table[...].at[0].set(0.0))
 
     def loss(self, batch: Batch, rngs: nnx.Rngs) -> tuple[jax.Array, jax.Array]:
-        rows = next_item(batch)
-        negatives = draw_negatives(rngs.negatives(), rows.target, self.negatives, self.items_table.vocab - 1)
-        return self.sampled_loss(self.states(batch, rows, rngs), rows.target, negatives)
+        rows = self.rows(batch)
+        states = self.states(batch, rows, rngs)
+        if not self.negatives:
+            return self.full_loss(states, rows.target)
+        return self.sampled_loss(states, rows.target, self.draw(rngs, rows.target.shape))
+
+    def rows(self, batch: Batch) -> NextItem:
+        """Tokens, places and targets of the history's events."""
+        return next_item(batch)
+
+    def draw(self, rngs: nnx.Rngs, positions: tuple[int, ...]) -> jax.Array:
+        """Negatives [B, N, R] of B x N positions, or [R] for all positions of a batch, in whichever pieces it comes."""
+        shape = (self.negatives,) if self.shared_negatives else (*positions, self.negatives)
+        key = rngs.batch() if self.shared_negatives else rngs.negatives()
+        if not self.popular:
+            return draw_negatives(key, shape, self.items_table.vocab - 1)
+        assert self.popularity is not None, "a model that is trained is built with the items' popularity"
+        return self.popularity.draw(key, shape)
 
     def states(self, batch: Batch, rows: NextItem, rngs: nnx.Rngs | None) -> jax.Array:
         """Unit vectors [B, N, D] float32, one per history position."""
@@ -87,18 +118,28 @@ class NextItemRetriever(Retriever):
         return l2_normalise(self.stack(x, rows.tokens, rngs=rngs).astype(jnp.float32))
 
     def sampled_loss(self, states: jax.Array, target: jax.Array, negatives: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """states [B, N, D], target [B, N], negatives [B, N, R] -> (sum of losses, positions with a target)."""
+        """states [B, N, D], target [B, N], negatives [B, N, R] or [R] -> (sum of losses, positions with a target)."""
         weights = (target > 0).astype(jnp.float32)
         count = jnp.sum(weights)
-        mean = sampled_softmax(states, self.items(), target, weights, negatives, temperature=self.temperature)
+        log_q = jnp.asarray(self.popularity.log_q()) if self.logq and self.popularity is not None else None
+        mean = sampled_softmax(
+            states, self.items(), target, weights, negatives, temperature=self.temperature, log_q=log_q
+        )
         return mean * count, count
+
+    def full_loss(self, states: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """states [B, N, D], target [B, N] -> (sum of losses over all items, positions with a target)."""
+        weights = (target > 0).astype(jnp.float32)
+        count = jnp.sum(weights)
+        return full_softmax(states, self.items(), target, weights, temperature=self.temperature) * count, count
 
     def cost(self, shape: Shape) -> Cost:
         # The definition's products; multiplying by the whole table instead, where that is faster, is not counted.
-        products = 2.0 * shape.history * self.width * (1 + self.negatives)
+        others = self.negatives or self.items_table.vocab - 2
+        products = 2.0 * shape.history * self.width * (1 + others)
         return total(
             [
-                self.items_table.cost(shape.history * (2 + self.negatives)),
+                self.items_table.cost(shape.history * (2 + others)),
                 Cost(dense_params=self.positions.size),
                 self.stack.cost(ITEMS.row_tokens(shape), ITEMS.pairs(shape)),
                 Cost(flops=products, loss_flops=products),

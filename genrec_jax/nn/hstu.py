@@ -41,7 +41,8 @@ class HSTUBlock(nnx.Module):
     """[U, V, Q, K] = SiLU(LN(X) W);  A = SiLU(alpha Q K^T + rab) / n * mask;  Y = X + W_o dropout(LN(A V) * U) + b_o.
 
     The divisor n is ``longest``, a constant of the model: a divisor taken from the batch would make a score depend
-    on its neighbours. This is `RESEARCH`; the other `Variant` changes what it names.
+    on its neighbours; with ``true_length`` it is the number of tokens of the query's own sequence. This is `RESEARCH`;
+    the other `Variant` changes what it names.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class HSTUBlock(nnx.Module):
         variant: Variant = RESEARCH,
         alpha: float = 1.0,
         out_bias: jax.nn.initializers.Initializer | None = jax.nn.initializers.zeros,
+        true_length: bool = False,
     ):
         """``qk_width``, ``v_width``: width of one head's queries and keys, and of its values and gates.
 
@@ -68,7 +70,7 @@ class HSTUBlock(nnx.Module):
         """
         self.heads, self.longest, self.dropout = heads, longest, dropout
         self.values, self.keys = heads * v_width, heads * qk_width
-        self.variant, self.alpha = variant, alpha
+        self.variant, self.alpha, self.true_length = variant, alpha, true_length
         self.norm = LayerNorm(
             width,
             epsilon=EPSILON,
@@ -101,7 +103,11 @@ class HSTUBlock(nnx.Module):
     def __call__(self, x: jax.Array, plan: Plan, *, rngs: nnx.Rngs | None = None) -> jax.Array:
         """x [B, T, D], the pairs of its tokens -> [B, T, D]; dropout is on when ``rngs`` is given."""
         gate, v, q, k = self.projections(x)
-        return self.merge(x, gate, hstu_attention(q, k, v, plan, **self.attention()), rngs=rngs)
+        attended = hstu_attention(q, k, v, plan, **self.attention())
+        if self.true_length:
+            scale = self.longest / sequence_lengths(plan.tokens.segment)
+            attended = (attended * scale[..., None, None]).astype(attended.dtype)
+        return self.merge(x, gate, attended, rngs=rngs)
 
     def attention(self) -> dict[str, Any]:
         """The arguments of `hstu_attention` that are the block's own."""
@@ -147,6 +153,11 @@ class HSTUBlock(nnx.Module):
                 self.out.cost(tokens),
             ]
         )
+
+
+def sequence_lengths(segment: jax.Array) -> jax.Array:
+    """segment [B, T] -> float32 [B, T]: how many tokens of its row have the token's own segment."""
+    return jnp.sum(segment[:, :, None] == segment[:, None, :], axis=2, dtype=jnp.float32)
 
 
 class OutputNorm(nnx.Module):

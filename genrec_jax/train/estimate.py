@@ -17,6 +17,7 @@ from genrec_jax.models import registry
 from genrec_jax.models.base import Build, Ranker
 from genrec_jax.models.registry import Model
 from genrec_jax.nn.cost import Cost
+from genrec_jax.retrieval_loss import Popularity
 from genrec_jax.train.hardware import matmul_peak
 
 # Only for the expected time of a dry run: what a step costs besides its products, and the share of the machine's matmul
@@ -32,9 +33,9 @@ class Account:
     steps, rows, targets: trained. flops_per_target: training FLOPs (3 x forward) per supervised target.
     flops_per_candidate: forward FLOPs per scored candidate, the loss left out, when a ranker scores a request of K
     candidates, or a retriever every item of the corpus for one user. train_flops: 3 x forward FLOPs of every row
-    trained, its loss and padding included. active_params: dense parameters plus the embedding scalars that a trained
-    row reads, at most as many as the tables hold. memory_bytes: parameters, gradients, two moments and one batch's
-    activations.
+    trained, its loss and padding included, but for rows that packing leaves empty. active_params: dense parameters plus
+    the embedding scalars that a trained row reads, at most as many as the tables hold. memory_bytes: parameters,
+    gradients, two moments and one batch's activations.
     """
 
     steps: int
@@ -61,9 +62,10 @@ class Account:
         )
 
 
-def abstract_model(trial: Trial, schema: Schema) -> Model:
+def abstract_model(trial: Trial, schema: Schema, popularity: Popularity | None = None) -> Model:
     """The trial's model with shapes in place of parameters: it states its cost, and runs once parameters are bound.
 
+    ``popularity``: of the training targets, which a loss may need.
     Raises UserError for a ranker on a dataset without labels.
     """
     if trial.model.goal == "ranking" and not schema.tasks:
@@ -71,7 +73,7 @@ def abstract_model(trial: Trial, schema: Schema) -> Model:
             f"model {trial.model.name!r} ranks by labels and the dataset has none: import it with --label, or use "
             "hstu_retrieval or sasrec"
         )
-    return nnx.eval_shape(lambda: _build(trial, schema, nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: _build(trial, schema, nnx.Rngs(0), popularity))
 
 
 def init_params(trial: Trial, schema: Schema) -> Any:
@@ -83,8 +85,8 @@ def init_params(trial: Trial, schema: Schema) -> Any:
     return jax.jit(init)(jax.random.key(trial.seed))
 
 
-def _build(trial: Trial, schema: Schema, rngs: nnx.Rngs) -> Model:
-    build = Build(schema, trial.data.shape, jnp.dtype(trial.train.precision))
+def _build(trial: Trial, schema: Schema, rngs: nnx.Rngs, popularity: Popularity | None = None) -> Model:
+    build = Build(schema, trial.data.shape, jnp.dtype(trial.train.precision), popularity)
     return registry.build(trial.model, build, rngs=rngs)
 
 
@@ -98,7 +100,7 @@ def account(trial: Trial, model: Model, stream: TrainStream) -> Account:
     steps = train_steps(trial, stream)
     rows = steps * trial.train.batch_rows
     targets = round(rows * stream.targets / stream.rows)
-    train_flops = 3.0 * row.flops * rows
+    train_flops = 3.0 * row.flops * rows * stream.occupied
     return Account(
         steps=steps,
         rows=rows,

@@ -18,6 +18,8 @@ from genrec_jax.models.base import Ranker, Retriever
 from genrec_jax.models.registry import Model
 from genrec_jax.train.step import bind
 
+_SCORES = 1 << 24  # that are held at a time
+
 
 class Evaluator:
     """Evaluates a trial's parameters, as often as asked: compiled once, each part's rows cut once."""
@@ -31,7 +33,9 @@ class Evaluator:
 
     def _cut(self, part: Part) -> EvaluationBatches:
         trial = self._trial
-        return evaluation_batches(self._sequences, trial.data, trial.model.goal, part, trial.train.batch_rows)
+        # As in training, the parts of a batch are worked on one after another.
+        rows = trial.train.batch_rows // trial.train.pieces
+        return evaluation_batches(self._sequences, trial.data, trial.model.goal, part, rows)
 
     def fingerprint(self, part: Part) -> str:
         """Which impressions the part holds; see :func:`evaluation_fingerprint`."""
@@ -47,17 +51,33 @@ class Evaluator:
 
 
 def make_scorer(model: Model) -> Callable[[Any, Batch], jax.Array]:
-    """The jitted (params, batch) -> logits [B, C, A] of a ranker, or target ranks [B] (1 = best) of a retriever."""
+    """The jitted (params, batch) -> logits [B, C, A] of a ranker, or target ranks [B, S] (1 = best) of a retriever."""
     if isinstance(model, Ranker):
         return jax.jit(lambda params, batch: bind(model, params)(batch))
     return jax.jit(lambda params, batch: _ranks(bind(model, params), batch))
 
 
 def _ranks(model: Model, batch: Batch) -> jax.Array:
-    """Rank of each row's first candidate among all items, the items of the row's history left out."""
+    """Rank [B, S] of each segment's first candidate among all items, those of its history left out; 0 without one."""
     assert isinstance(model, Retriever)
-    scores = jnp.einsum("bd,vd->bv", model.users(batch)[:, 0], model.items())
-    return metrics.target_ranks(scores, batch.candidates.item[:, 0], batch.history.item)
+    segments = batch.user.shape[1]
+    users, items = model.users(batch), model.items()
+    first = slice(None, None, batch.candidates.item.shape[1] // segments)
+    target = jnp.where(batch.candidates.segment > 0, batch.candidates.item, 0)[:, first]
+    own = batch.history.segment[:, None, :] == jnp.arange(1, segments + 1)[:, None]
+    seen = jnp.where(own, batch.history.item[:, None, :], 0)
+
+    def ranks(one: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        user, wanted, left_out = one
+        return metrics.target_ranks(user @ items.T, wanted, left_out)
+
+    flat = [x.reshape(-1, *x.shape[2:]) for x in (users, target, seen)]
+    at_once = max(1, _SCORES // items.shape[0])
+    if at_once >= len(flat[0]):
+        return ranks((flat[0], flat[1], flat[2])).reshape(target.shape)
+    short = -len(flat[0]) % at_once
+    parts = [jnp.pad(x, [(0, short)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, at_once, *x.shape[1:]) for x in flat]
+    return jax.lax.map(ranks, tuple(parts)).reshape(-1)[: target.size].reshape(target.shape)
 
 
 def evaluate(
@@ -71,8 +91,7 @@ def evaluate(
     if isinstance(model, Retriever):
         retrieval = metrics.RetrievalMetrics()
         for batch in batches:
-            real = np.asarray(batch.candidates.segment)[:, 0] > 0
-            retrieval.add(np.asarray(scorer(params, batch))[real])
+            retrieval.add(np.asarray(scorer(params, batch)))
         return retrieval.result()
     return scored(scorer, params, batches, tasks).result()
 

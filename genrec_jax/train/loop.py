@@ -17,7 +17,9 @@ from genrec_jax.data.pipeline import TrainStream
 from genrec_jax.data.sequences import Sequences, load
 from genrec_jax.data.splits import Part
 from genrec_jax.errors import UserError
+from genrec_jax.models.base import Goal
 from genrec_jax.models.registry import Model
+from genrec_jax.retrieval_loss import Popularity
 from genrec_jax.train.checkpoint import Checkpoints
 from genrec_jax.train.estimate import Account, abstract_model, account, init_params
 from genrec_jax.train.evaluate import Evaluator
@@ -26,6 +28,9 @@ from genrec_jax.train.optimizer import make_optimizer, schedule
 from genrec_jax.train.record import MetricsLog, versions, write_json
 from genrec_jax.train.step import State, init_state, make_step
 from genrec_jax.train.tensorboard import TensorBoard
+
+# What tells the better of two evaluations: the metric, and whether more or less of it is better.
+SELECTED_BY: dict[Goal, tuple[str, int]] = {"ranking": ("ne", -1), "retrieval": ("ndcg@10", 1)}
 
 FLOPS_FORMULA = "analytic per block; multiply-add 2; causal half; lookups 0; training 3 x forward; padding counted"
 
@@ -41,9 +46,10 @@ def train(trial: Trial, run_dir: Path, *, on_progress: Progress | None = None) -
     """
     started = time.perf_counter()
     sequences = load(trial.data.path)
-    model = abstract_model(trial, sequences.schema)
+    abstract_model(trial, sequences.schema)  # refuses what cannot be trained before anything is written
     run_dir.mkdir(parents=True, exist_ok=True)
     stream = TrainStream(sequences, trial.data, trial.model.rows, trial.train.batch_rows, seed=trial.seed)
+    model = abstract_model(trial, sequences.schema, Popularity(stream.target_counts()))
     counts = account(trial, model, stream)
     write_json(run_dir / "config.json", trial.to_json())
     params = init_params(trial, sequences.schema)
@@ -54,11 +60,13 @@ def train(trial: Trial, run_dir: Path, *, on_progress: Progress | None = None) -
         counts = counts.after(run.steps)
         result: dict[str, Any] = {"status": status, **dataclasses.asdict(counts)}
         if status == "done":
-            if trial.train.report_test:
+            if run.watched == "test":
+                result |= {name.removeprefix("test/"): value for name, value in run.validation.items()}
+            elif trial.train.report_test:
                 result |= evaluator(state.params, "test")
             board.scalars(_floats(result), counts.steps)
             evaluated: Part = "test" if trial.train.report_test else "validation"
-            result |= run.validation | {"eval_set": evaluator.fingerprint(evaluated)}
+            result |= run.validation | {"eval_set": evaluator.fingerprint(evaluated), "tested_step": run.tested_step}
     result |= {
         "train_seconds": run.train_seconds,
         "compile_seconds": run.compile_seconds,
@@ -76,7 +84,7 @@ def train(trial: Trial, run_dir: Path, *, on_progress: Progress | None = None) -
 
 
 def restored(trial: Trial, run_dir: Path) -> tuple[Sequences, Model, Any]:
-    """The data, the model and the trained parameters of a trial, from its newest checkpoint.
+    """The data, the model and the trained parameters of a trial, from its newest checkpoint, or the best if it selects.
 
     Raises UserError for unusable data, or if the folder has no checkpoint.
     """
@@ -86,7 +94,7 @@ def restored(trial: Trial, run_dir: Path) -> tuple[Sequences, Model, Any]:
     found = None
     if folder.is_dir():
         with contextlib.closing(Checkpoints(folder)) as checkpoints:
-            found = checkpoints.restore(like)
+            found = checkpoints.restore(like, best=trial.train.select == "best")
     if found is None:
         raise UserError(f"{run_dir} has no checkpoint")
     return sequences, abstract_model(trial, sequences.schema), found[1].params
@@ -95,7 +103,8 @@ def restored(trial: Trial, run_dir: Path) -> tuple[Sequences, Model, Any]:
 class _Run:
     """The training loop with what it carries between steps.
 
-    validation: the metrics of the latest validation, under ``validation/``.
+    watched: the part that is evaluated along the way. validation: the metrics of its latest evaluation, after the fit
+    of the one whose parameters are tested, under ``validation/`` or ``test/``. tested_step: how many steps these had.
     """
 
     def __init__(
@@ -118,7 +127,9 @@ class _Run:
         self.board = board
         self.on_progress = on_progress
         self.steps = 0
+        self.watched: Part = "test" if trial.data.protocol == "original" else "validation"
         self.validation: dict[str, float] = {}
+        self.tested_step = 0
         self.train_seconds = 0.0
         self.compile_seconds = 0.0
         self.earlier_wall_seconds = 0.0
@@ -127,10 +138,10 @@ class _Run:
         optimizer = make_optimizer(trial.train, counts.steps)
         self._state = init_state(params, optimizer, trial.seed)
         self._step: Any = make_step(model, optimizer, trial.train.pieces)
-        self._rate = schedule(trial.train.learning_rate, counts.steps, trial.train.warmup)
+        self._rate = schedule(trial.train.learning_rate, counts.steps, trial.train.warmup, trial.train.decay)
 
     def fit(self) -> tuple[State, str]:
-        """Runs to the last step, validating on the way; returns the final state and "done" or "diverged"."""
+        """Runs to the last step, evaluating on the way; returns the state to be tested and "done" or "diverged"."""
         checkpoints = Checkpoints(self.run_dir / "checkpoints")
         batches = iter(self.stream)
         first = 0
@@ -149,9 +160,12 @@ class _Run:
             # What the board held of this step is dropped with the start: a kill may have come before it was written.
             if record["step"] == first:
                 self.board.scalars(_floats(record), first)
-                self.validation |= {key: value for key, value in record.items() if key.startswith("validation/")}
+                self.validation |= self._evaluation(record)
         try:
             status = self._steps(first, batches, log, checkpoints)
+            self.tested_step = self.steps
+            if self.trial.train.select == "best" and status == "done":
+                self._select(checkpoints, log)
         finally:
             self.stream.close()
             log.close()
@@ -162,8 +176,6 @@ class _Run:
         step_fn: Any = None
         since = first
         train = self.trial.train
-        if self._validation_due(first) and not self.validation:
-            self._validate(log, first)
         marked = saved = time.perf_counter()
         for step in range(first + 1, self.counts.steps + 1):
             batch = next(batches)
@@ -184,15 +196,18 @@ class _Run:
                     return "diverged"
             waited = time.perf_counter() - saved >= train.checkpoint_seconds
             checkpoint_due = last or (step % train.checkpoint_every == 0 and waited)
-            if checkpoint_due or self._validation_due(step):
+            validation_due = self._validation_due(step)
+            if checkpoint_due or validation_due:
                 jax.block_until_ready(self._state)
                 self.train_seconds += time.perf_counter() - marked
-                if checkpoint_due:
-                    self.board.flush()  # a resumed run does not write these steps again
-                    checkpoints.save(step, self._state, self._record(batches))
-                    saved = time.perf_counter()
-                if self._validation_due(step):
+                if validation_due:
                     self._validate(log, step)
+                # Evaluated first: a checkpoint is never without the evaluation of its step, and scored by it.
+                if checkpoint_due or (validation_due and train.select == "best"):
+                    self.board.flush()  # a resumed run does not write these steps again
+                    score = self._score() if validation_due else -math.inf
+                    checkpoints.save(step, self._state, self._record(batches), score)
+                    saved = time.perf_counter()
                 since, marked = step, time.perf_counter()
         return "done"
 
@@ -202,10 +217,28 @@ class _Run:
         return step > 0 and step * n // steps > (step - 1) * n // steps
 
     def _validate(self, log: MetricsLog, step: int) -> None:
-        found = self.evaluator(self._state.params, "validation")
-        self.validation = {f"validation/{name}": value for name, value in found.items()}
+        found = self.evaluator(self._state.params, self.watched)
+        self.validation = {f"{self.watched}/{name}": value for name, value in found.items()}
         log.add({"step": step, "steps": self.counts.steps, **self.validation})
         self.board.scalars(_floats(self.validation), step)
+
+    def _evaluation(self, record: dict[str, Any]) -> dict[str, float]:
+        """What a line of the log says of the watched part."""
+        return {key: value for key, value in record.items() if key.startswith(f"{self.watched}/")}
+
+    def _score(self) -> float:
+        """Of the latest evaluation, for choosing; the worst of all where the metric is undefined."""
+        metric, sign = SELECTED_BY[self.trial.model.goal]
+        return sign * self.validation.get(f"{self.watched}/{metric}", -sign * math.inf)
+
+    def _select(self, checkpoints: Checkpoints, log: MetricsLog) -> None:
+        """Takes back the state and the metrics of the best evaluation."""
+        best = checkpoints.restore(self._state, best=True)
+        assert best is not None  # the last step is always evaluated
+        self.tested_step, self._state, _ = best
+        (self.validation,) = [
+            found for record in log.kept if record["step"] == self.tested_step and (found := self._evaluation(record))
+        ]
 
     def _compile(self, batch: Any) -> Any:
         start = time.perf_counter()

@@ -1,6 +1,6 @@
-"""AdamW with warm-up, a decay that ends with the trial's own last step, and a separate rule for embedding tables."""
+"""AdamW with warm-up, a decay that ends with the trial's own last step or none, and a rule of its own for tables."""
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,8 @@ import numpy as np
 import optax
 
 from genrec_jax.config import TrainConfig
+
+Decay = Literal["cosine", "constant"]
 
 
 def is_table(path: tuple) -> bool:
@@ -24,18 +26,18 @@ def _name(key: object) -> str:
     return str(getattr(key, "key", getattr(key, "name", "")))
 
 
-def schedule(peak: float, steps: int, warmup: float) -> optax.Schedule:
+def schedule(peak: float, steps: int, warmup: float, decay: Decay = "cosine") -> optax.Schedule:
     """The learning rate of a step, given the number of steps before it (0 for the first; an int or a traced scalar).
 
     With w = max(1, round(``warmup * steps``)), step k <= w moves at ``peak * k / w``; from there a cosine falls to the
-    zero that step ``steps + 1`` would have, so that no step is spent on a rate of zero.
+    zero that step ``steps + 1`` would have, so that no step is spent on a rate of zero; or it stays ("constant").
     """
     warm = max(1, round(warmup * steps))
 
     def rate(before: Any) -> Any:
         xp = jnp if isinstance(before, jax.Array) else np  # a number on the host needs no program on the device
         step = before + 1.0
-        decayed = xp.minimum((step - warm) / (steps + 1 - warm), 1.0)
+        decayed = xp.minimum((step - warm) / (steps + 1 - warm), 1.0) * (decay == "cosine")
         return xp.where(step <= warm, peak * step / warm, 0.5 * peak * (1.0 + xp.cos(xp.pi * decayed)))
 
     return rate
@@ -44,12 +46,12 @@ def schedule(peak: float, steps: int, warmup: float) -> optax.Schedule:
 def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformation:
     """The optimiser of a trial of ``steps`` steps; weight decay is decoupled and spares biases and norms."""
 
-    def adamw(rate: float, decay: float) -> optax.GradientTransformation:
+    def adamw(rate: float, weight_decay: float) -> optax.GradientTransformation:
         return optax.adamw(
-            schedule(rate, steps, config.warmup),
+            schedule(rate, steps, config.warmup, config.decay),
             b1=config.beta1,
             b2=config.beta2,
-            weight_decay=decay,
+            weight_decay=weight_decay,
             mask=lambda params: jax.tree_util.tree_map_with_path(_decays, params),
         )
 
@@ -60,4 +62,5 @@ def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformat
         "dense": adamw(config.learning_rate, config.weight_decay),
         "table": adamw(config.embedding_learning_rate, config.embedding_weight_decay),
     }
-    return optax.chain(optax.clip_by_global_norm(config.clip), optax.partition(rules, label))
+    clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
+    return optax.chain(clip, optax.partition(rules, label))

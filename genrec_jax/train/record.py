@@ -28,7 +28,7 @@ def versions() -> dict[str, str]:
 class MetricsLog:
     """``metrics.jsonl``, one object per logged step and one per validation.
 
-    Lines after ``step`` are dropped when a run resumes there; ``kept``: the others, oldest first.
+    Lines after ``step`` are dropped when a run resumes there; ``kept``: the others and those added, oldest first.
     """
 
     def __init__(self, path: Path, step: int):
@@ -41,6 +41,7 @@ class MetricsLog:
         finite = {key: value if math.isfinite(value) else None for key, value in record.items()}
         self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
+        self.kept.append(finite)
 
     def close(self) -> None:
         self._file.close()

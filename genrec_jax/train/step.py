@@ -44,20 +44,25 @@ def make_step(model: Model, optimizer: optax.GradientTransformation, pieces: int
     """(state, batch) -> (next state, {loss: mean per target, targets, grad_norm}); the given state is consumed.
 
     ``pieces`` > 1 sums the gradient over that many equal parts of the batch, one after another: less memory, and on a
-    CPU more speed, because a part's activations stay in the caches. The mean is over the targets of the whole batch.
+    CPU more speed, because a part's activations stay in the caches. A part without events is skipped. The mean is over
+    the targets of the whole batch.
     """
 
     def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
-        def total_loss(params: Any, part: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def total_loss(params: Any, part: Batch, own: jax.Array) -> tuple[jax.Array, jax.Array]:
             # Rngs are made here, not outside: their counters may only change at the trace level that made them.
-            return bind(model, params).loss(part, nnx.Rngs(key))
+            # The stream "batch" is for what all pieces of a batch have in common.
+            return bind(model, params).loss(part, nnx.Rngs(own, batch=jax.random.fold_in(key, 1)))
 
         def add(summed: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
-            return jax.tree.map(
-                jnp.add, summed, jax.value_and_grad(total_loss, has_aux=True)(state.params, *part)
-            ), None
+            def more() -> Any:
+                return jax.tree.map(jnp.add, summed, jax.value_and_grad(total_loss, has_aux=True)(state.params, *part))
+
+            rows = part[0]
+            events = jnp.any(rows.history.segment > 0) | jnp.any(rows.candidates.segment > 0)
+            return jax.lax.cond(events, more, lambda: summed), None
 
         if pieces == 1:
             (total, targets), grads = jax.value_and_grad(total_loss, has_aux=True)(state.params, batch, key)

@@ -6,7 +6,7 @@ import pytest
 from genrec_jax.batch import Shape
 from genrec_jax.data import rows as row_tables
 from genrec_jax.data.packing import EMPTY, Assembler, plan_segments
-from genrec_jax.data.splits import split_by_time, split_last_two
+from genrec_jax.data.splits import split_by_time, split_last
 from tests.data.helpers import dataset, random_dataset
 
 
@@ -72,7 +72,7 @@ def test_dtypes_and_shapes(tmp_path):
 
 def test_two_packed_segments_by_hand(tmp_path):
     sequences = dataset(tmp_path / "d", [[0, 1, 2, 3, 4], [5], [6, 7, 8, 9]])
-    split = split_last_two(sequences)
+    split = split_last(sequences)
     rows = row_tables.next_item_rows(sequences, split, "validation", 5)  # histories of 3 (user 0) and 2 (user 2)
     batch = leaves(Assembler(sequences, rows, Shape(6, 2, 3))(np.array([[1, 0, EMPTY]])))
     expected = {
@@ -91,7 +91,7 @@ def test_two_packed_segments_by_hand(tmp_path):
 
 def test_supervised_marks_the_history_of_generative_training_rows(tmp_path):
     sequences = dataset(tmp_path / "d", [list(range(8)), list(range(8, 16))])
-    time, last = split_by_time(sequences, 0.25, 0.25), split_last_two(sequences)
+    time, last = split_by_time(sequences, 0.25, 0.25), split_last(sequences)
     kept = everyone(sequences)
     tables = {
         "requests": (row_tables.request_rows(sequences, time, "train", 6, 2, kept), False),
@@ -137,7 +137,7 @@ def test_windows_take_the_event_features_of_their_first_event(tmp_path):
 @pytest.mark.parametrize("kind", ["requests", "windows", "users"])
 def test_packed_rows_hold_the_same_segments_as_single_rows(tmp_path, kind):
     sequences = random_dataset(tmp_path / "d", requests=True)
-    split = split_last_two(sequences) if kind == "users" else split_by_time(sequences, 0.2, 0.2)
+    split = split_last(sequences) if kind == "users" else split_by_time(sequences, 0.2, 0.2)
     rows = row_tables.training_rows(kind, sequences, split, everyone(sequences), 12, 3)
     plan = plan_segments(rows.history_length, 12, 4, seed=1)
     assert len(plan) < len(rows)

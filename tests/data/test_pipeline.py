@@ -71,6 +71,65 @@ def test_users_rows_supervise_one_target_per_history_event(stream_of):
     assert all((b.candidates.segment == [[1, 0, 0]]).all() for b in batches)
 
 
+@pytest.mark.parametrize("kind", ["requests", "windows", "users"])
+def test_target_counts_are_those_of_one_pass(sequences, stream_of, kind):
+    stream = stream_of(kind, batch_rows=1)
+    counts = np.zeros(sequences.schema.items, np.int64)
+    for batch in take(stream, stream.rows):
+        history, first = batch.history.item[batch.history.supervised], batch.candidates.item[:, 0]
+        if kind == "users":  # an event predicts the next: the first is no target
+            items = np.concatenate([history[1:], first])
+        else:
+            items = np.concatenate([history, batch.candidates.item[batch.candidates.segment > 0]])
+        np.add.at(counts, items, 1)
+    np.testing.assert_array_equal(stream.target_counts(), counts)
+    assert counts.sum() == stream.targets
+
+
+def test_a_batch_packed_by_itself_is_as_many_users(sequences, stream_of):
+    """Every pass visits every user once, in whole batches; its last one is what is left."""
+    stream = stream_of("users", batch_rows=7, segments=3, packing="batch", history=40)
+    alone = stream_of("users", batch_rows=1, history=40)
+    assert stream.targets == alone.targets
+    assert stream.steps_per_epoch == -(-alone.rows // 7) == stream.rows / 7
+    assert alone.rows % 7
+    wanted = np.sort(np.concatenate([b.user[0] for b in take(alone, alone.rows)]))
+    filled = []
+    for _ in range(2):
+        batches = take(stream, int(stream.steps_per_epoch))
+        users = [b.user[b.user >= 0] for b in batches]
+        assert [len(u) for u in users] == [7] * (len(batches) - 1) + [alone.rows % 7]
+        np.testing.assert_array_equal(np.sort(np.concatenate(users)), wanted)
+        assert all(b.user.shape == (7, 3) for b in batches)
+        occupied = np.stack([(b.user >= 0).any(axis=1) for b in batches])
+        assert (np.diff(occupied.astype(int), axis=1) <= 0).all()  # empty rows are last
+        assert sum(int(b.history.supervised.sum()) for b in batches) == stream.targets
+        filled.append(occupied.mean())
+    assert stream.occupied == filled[0] < 0.8
+    assert stream_of("users").occupied == 1.0
+
+
+def test_a_stream_packed_by_batches_resumes(stream_of):
+    whole = take(stream_of("users", segments=3, packing="batch"), 25)  # more than two passes
+    resumed = stream_of("users", segments=3, packing="batch")
+    resumed.set_state({**resumed.get_state(), "batch": 9})
+    assert_same(take(resumed, 16), whole[9:])
+
+
+@pytest.mark.parametrize(("protocol", "target"), [("honest", 8), ("original", 9)])
+def test_protocols_train_up_to_the_watched_event(tmp_path, protocol, target):
+    sequences = dataset(tmp_path / "d", [list(range(10))])
+    config = dataclasses.replace(CONFIG, history=4, protocol=protocol)
+    stream = TrainStream(sequences, config, "users", 1, 0)
+    (batch,) = take(stream, 1)
+    stream.close()
+    assert batch.candidates.item[0, 0] == target
+    assert batch.history.item.tolist() == [list(range(target - 4, target))]
+    (tested,) = evaluation_batches(sequences, config, "retrieval", "test", 1)
+    assert tested.candidates.item[0, 0] == 10
+    assert tested.history.item.tolist() == [[6, 7, 8, 9]]
+
+
 def test_order_changes_with_the_pass_and_the_seed_only(stream_of):
     first, second = take(stream_of(), 60), take(stream_of(), 60)
     assert_same(first, second)
@@ -173,7 +232,8 @@ def impressions(batches):
     for batch in batches:
         c = batch.candidates
         for b, k in zip(*np.nonzero(c.segment)):
-            out.append((int(batch.user[b, 0]), int(c.item[b, k]), int(c.time[b, k]), *c.labels[b, k].tolist()))
+            user = int(batch.user[b, c.segment[b, k] - 1])
+            out.append((user, int(c.item[b, k]), int(c.time[b, k]), *c.labels[b, k].tolist()))
     return sorted(out)
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from genrec_jax.data import rows as row_tables
-from genrec_jax.data.splits import kept_users, split_by_time, split_last_two
+from genrec_jax.data.splits import kept_users, split_by_time, split_last
 from tests.data.helpers import dataset, owner, random_dataset
 
 
@@ -83,7 +83,7 @@ def test_windows_never_hold_more_history_than_fits(tmp_path):
 
 def test_next_item_rows_by_hand(tmp_path):
     sequences = dataset(tmp_path / "d", [list(range(6)), [0], [0, 1], [], [0, 1, 2]])
-    split = split_last_two(sequences)
+    split = split_last(sequences)
     train = row_tables.next_item_rows(sequences, split, "train", 2)
     assert listed(train) == [(0, (1, 3), (3, 4)), (2, (7, 8), (8, 9))]  # user 4 has one training event
     assert train.supervised
@@ -98,7 +98,7 @@ def test_next_item_rows_by_hand(tmp_path):
 
 def test_supervised_targets_by_hand(tmp_path):
     sequences = dataset(tmp_path / "d", [list(range(8)), list(range(8, 16))])
-    time, last = split_by_time(sequences, 0.25, 0.25), split_last_two(sequences)
+    time, last = split_by_time(sequences, 0.25, 0.25), split_last(sequences)
     kept = everyone(sequences)
     count = {
         kind: row_tables.supervised_targets(

@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from genrec_jax.data.splits import PARTS, hash64, kept_users, split_by_time, split_last_two
+from genrec_jax.data.splits import PARTS, hash64, kept_users, split_by_time, split_last
 from genrec_jax.errors import UserError
 from tests.data.helpers import dataset, random_dataset
 
@@ -44,11 +44,22 @@ def test_time_split_parts_are_ordered_and_of_the_asked_size(tmp_path):
 
 def test_last_two_events_are_held_out(tmp_path):
     sequences = dataset(tmp_path / "d", [[0, 1, 2, 3], [0], [0, 1], [], [0, 1, 2]])
-    assert ranges(split_last_two(sequences)) == {
+    assert ranges(split_last(sequences)) == {
         "train": [(0, 2), (4, 5), (5, 7), (7, 7), (7, 8)],  # fewer than three events: all training
         "validation": [(2, 3), (5, 5), (7, 7), (7, 7), (8, 9)],
         "test": [(3, 4), (5, 5), (7, 7), (7, 7), (9, 10)],
     }
+
+
+def test_without_validation_the_last_but_one_is_trained_on(tmp_path):
+    sequences = dataset(tmp_path / "d", [[0, 1, 2, 3], [0], [0, 1], [], [0, 1, 2]])
+    assert ranges(split_last(sequences, validation=False)) == {
+        "train": [(0, 3), (4, 5), (5, 7), (7, 7), (7, 9)],
+        "validation": [(3, 3), (5, 5), (7, 7), (7, 7), (9, 9)],
+        "test": [(3, 4), (5, 5), (7, 7), (7, 7), (9, 10)],
+    }
+    with pytest.raises(UserError, match="'tiny' has no test events: no user has three"):
+        split_last(dataset(tmp_path / "e", [[0, 1], [0]]), validation=False)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +73,7 @@ def test_empty_part_is_refused_by_name(tmp_path, times, part):
 
 def test_no_user_long_enough_is_refused(tmp_path):
     with pytest.raises(UserError, match="'tiny' has no validation events: no user has three"):
-        split_last_two(dataset(tmp_path / "d", [[0, 1], [0]]))
+        split_last(dataset(tmp_path / "d", [[0, 1], [0]]))
 
 
 def test_no_events_is_refused(tmp_path):

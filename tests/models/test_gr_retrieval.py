@@ -12,9 +12,11 @@ from flax import nnx
 
 from genrec_jax.batch import Shape
 from genrec_jax.data.schema import Schema
+from genrec_jax.errors import UserError
 from genrec_jax.layouts import next_item
 from genrec_jax.models.hstu_retrieval import HSTURetrievalConfig
 from genrec_jax.models.sasrec import SASRecConfig
+from genrec_jax.retrieval_loss import Popularity
 from tests.models.gr_helpers import change, initialised, jit, pack, random_batch
 
 SHAPE = Shape(history=10, candidates=1)
@@ -127,6 +129,90 @@ def test_negatives_equal_to_the_target_are_left_out():
     total, count = jit(lambda states: model.sampled_loss(states, target, hits))(states_of(batch))
     assert float(total) == pytest.approx(0.0, abs=1e-6)
     assert float(count) == 15
+
+
+def test_without_next_time_a_user_does_not_depend_on_when_it_is_asked():
+    """Its own time is what a row asks at: user vectors equal those of a model whose targets come at the same moment."""
+    graph, state = nnx.split(tiny(next_time=False))
+    users = jit(lambda s, batch: nnx.merge(graph, s).users(batch))
+    batch = rows_batch(((4,), (1,)))
+    later = change(batch, "candidates", time=batch.candidates.time + 10**6)
+    np.testing.assert_array_equal(users(state, later), users(state, batch))
+    # Where all events have one time, the time of the next event is the own one.
+    still = change(change(batch, "history", time=0 * batch.history.time), "candidates", time=0 * batch.candidates.time)
+    np.testing.assert_array_equal(users(state, still), users_of(still))
+    assert np.abs(users(state, batch) - users_of(batch)).max() > 1e-7
+
+
+def test_true_length_divides_by_the_users_own_events():
+    """A row of the full width as published, one block: a model whose constant is a user's length, for each length."""
+    batch = rows_batch(((10,), (4,), (1,)))
+    found = np.asarray(tiny(true_length=True, depth=1).users(batch))
+    for row, length in enumerate((10, 4, 1)):
+        model = tiny(depth=1)
+        (block,) = model.stack.blocks
+
+        class Divided(type(block)):
+            def merge(self, x, gate, attended, *, rngs=None, factor=block.longest / length):
+                return super().merge(x, gate, attended * factor, rngs=rngs)
+
+        block.__class__ = Divided
+        np.testing.assert_allclose(found[row], np.asarray(model.users(batch))[row], rtol=0, atol=1e-6)
+    packed = pack(rows_batch(((4,), (1,), (3,))), Shape(10, 1, 3))
+    alone = tiny(true_length=True, depth=1).users(rows_batch(((4,), (1,), (3,))))
+    np.testing.assert_allclose(tiny(true_length=True, depth=1).users(packed)[0], alone[:, 0], rtol=0, atol=1e-6)
+    assert np.abs(found - np.asarray(tiny(depth=1).users(batch))).max() > 1e-4
+
+
+def test_shared_negatives_are_those_of_the_batch_in_every_piece():
+    model = tiny(shared_negatives=True)
+    first, second = (model.draw(nnx.Rngs(own, batch=7), (3, 10)) for own in (0, 1))
+    assert first.shape == (8,)
+    np.testing.assert_array_equal(first, second)
+    other = model.draw(nnx.Rngs(0, batch=8), (3, 10))
+    assert (np.asarray(first) != np.asarray(other)).any()
+    assert tiny().draw(nnx.Rngs(0), (3, 10)).shape == (3, 10, 8)
+
+
+def test_the_loss_is_that_of_the_options_chosen():
+    """The model hands its states, targets and draws to the loss of its options, which has its own oracle."""
+    popularity = Popularity(np.arange(30))
+    batch = rows_batch()
+    target = next_item(batch).target
+    for changes in (
+        {},
+        {"shared_negatives": True},
+        {"sampling": "popularity"},
+        {"sampling": "popularity", "logq": True},
+    ):
+        model = tiny(dropout=0.0, **changes)
+        model.popularity = popularity
+        states = model.states(batch, next_item(batch), None)
+        negatives = model.draw(nnx.Rngs(5), target.shape)
+        log_q = popularity.log_q() if "logq" in changes else np.zeros(30)
+        ids = np.broadcast_to(negatives, (*target.shape, 8))
+        chosen = np.concatenate([np.asarray(target)[..., None], ids], axis=-1)
+        logits = (
+            np.einsum("btd,btrd->btr", states, np.asarray(model.items(), np.float64)[chosen]) / 0.05 - log_q[chosen]
+        )
+        logits[..., 1:][ids == np.asarray(target)[..., None]] = -np.inf
+        losses = np.log(np.exp(logits - logits[..., :1]).sum(-1))[np.asarray(target) > 0]
+        total, count = model.loss(batch, nnx.Rngs(5))
+        assert float(count) == len(losses) == 15
+        assert float(total) == pytest.approx(losses.sum(), rel=1e-5)
+    full = tiny(dropout=0.0, negatives=0)
+    scores = np.einsum("btd,vd->btv", full.states(batch, next_item(batch), None), np.asarray(full.items())[1:]) / 0.05
+    right = np.take_along_axis(scores, np.maximum(np.asarray(target) - 1, 0)[..., None], axis=-1)
+    losses = np.log(np.exp(scores - right).sum(-1))[np.asarray(target) > 0]
+    assert float(full.loss(batch, nnx.Rngs(5))[0]) == pytest.approx(losses.sum(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"negatives": -1}, {"logq": True}, {"negatives": 0, "shared_negatives": True}, {"temperature": 0.0}]
+)
+def test_options_that_contradict_each_other_are_refused(changes):
+    with pytest.raises(UserError, match=r"model\."):
+        dataclasses.replace(TINY, **changes).check()
 
 
 @both_models

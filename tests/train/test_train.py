@@ -18,7 +18,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from tensorboard.util import tensor_util
 
 from genrec_jax import metrics
-from genrec_jax.config import TrainConfig, Trial, default_trial, override
+from genrec_jax.config import TrainConfig, Trial, default_trial
 from genrec_jax.data.pipeline import evaluation_batches
 from genrec_jax.data.schema import Schema
 from genrec_jax.data.sequences import Sequences, save
@@ -30,26 +30,12 @@ from genrec_jax.train.evaluate import Evaluator, evaluate, make_scorer
 from genrec_jax.train.optimizer import make_optimizer, schedule
 from genrec_jax.train.step import bind, init_state, make_step
 from tests.data.helpers import random_dataset
-
-SETTINGS = {
-    "data.history": 8,
-    "data.candidates": 2,
-    "train.batch_rows": 8,
-    "train.steps": 12,
-    "train.log_every": 2,
-    "train.checkpoint_every": 5,
-    "train.checkpoint_seconds": 0.0,
-}
+from tests.train.helpers import Stopped, lines, trial_of, untimed
 
 
 @pytest.fixture(scope="module")
 def sequences(tmp_path_factory: pytest.TempPathFactory) -> Sequences:
     return random_dataset(tmp_path_factory.mktemp("data") / "log", users=60)
-
-
-def trial_of(sequences: Sequences, model: str = "dlrm", **settings: object) -> Trial:
-    small = {"model.width": 8, "model.depth": 1}
-    return override(default_trial(model, path=str(sequences.path)), {**SETTINGS, **small, **settings})
 
 
 def test_schedule_moves_at_every_step_and_would_end_at_zero() -> None:
@@ -63,6 +49,12 @@ def test_schedule_moves_at_every_step_and_would_end_at_zero() -> None:
     assert [float(schedule(1.0, 1, warmup)(0)) for warmup in (0.0, 0.9)] == [1.0, 1.0]
     assert [float(schedule(1.0, 2, 0.0)(k)) for k in range(3)] == pytest.approx([1.0, 0.5, 0.0])
     assert [float(schedule(1.0, 4, 0.99)(k)) for k in range(5)] == pytest.approx([0.25, 0.5, 0.75, 1.0, 0.0])
+
+
+def test_a_constant_rate_follows_the_warm_up() -> None:
+    rate = schedule(2e-3, 10, 0.2, "constant")
+    assert [float(rate(k)) for k in range(10)] == pytest.approx([1e-3] + [2e-3] * 9)
+    assert [float(schedule(2e-3, 10, 0.0, "constant")(k)) for k in (0, 9)] == [2e-3, 2e-3]
 
 
 def test_tables_follow_their_own_rule() -> None:
@@ -86,6 +78,22 @@ def test_gradients_are_clipped_before_the_moments() -> None:
     _, state = optimizer.update({"w": jnp.full((4, 4), 100.0)}, optimizer.init(params), params)
     kept = [mu["w"] for _, mu in optax.tree_utils.tree_get_all_with_path(state, "mu") if hasattr(mu["w"], "shape")]
     assert [float(jnp.linalg.norm(mu)) / (1 - config.beta1) for mu in kept] == [pytest.approx(0.5, rel=1e-5)]
+
+
+def test_the_published_optimiser_is_plain_adam_step_by_step() -> None:
+    """Constant rate, no warm-up, no decay, no clipping: three steps against Adam's own formula in float64."""
+    config = TrainConfig(decay="constant", warmup=0.0, clip=0.0, weight_decay=0.0)
+    optimizer = make_optimizer(config, 3)
+    params = {"w": jnp.array([[1.0, -2.0]]), "items_table": jnp.array([[0.5, 3.0]])}
+    state, m, v = optimizer.init(params), 0.0, 0.0
+    gradient = np.array([[300.0, -0.02]])
+    for step in range(1, 4):
+        grads = {key: jnp.asarray(step * gradient, jnp.float32) for key in params}
+        updates, state = optimizer.update(grads, state, params)
+        m, v = 0.9 * m + 0.1 * step * gradient, 0.98 * v + 0.02 * (step * gradient) ** 2
+        expected = -1e-3 * (m / (1 - 0.9**step)) / (np.sqrt(v / (1 - 0.98**step)) + 1e-8)
+        for key in params:
+            np.testing.assert_allclose(updates[key], expected, rtol=1e-5)
 
 
 def test_step_learns(sequences: Sequences) -> None:
@@ -118,21 +126,6 @@ def test_pieces_of_a_batch_add_up_to_the_whole(sequences: Sequences) -> None:
     assert found[0][1] == pytest.approx(found[1][1], rel=1e-5)
     for one, other in zip(jax.tree.leaves(found[0][0]), jax.tree.leaves(found[1][0]), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
-
-
-class Stopped(Exception):
-    """Stands in for a kill."""
-
-
-TIMING = {"train_seconds", "compile_seconds", "wall_seconds", "examples_per_second", "achieved_flops", "mfu"}
-
-
-def untimed(record: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in record.items() if key not in TIMING}
-
-
-def lines(run: Path) -> list[dict[str, Any]]:
-    return [untimed(json.loads(line)) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def board(run: Path) -> dict[str, list[tuple[int, float]]]:
