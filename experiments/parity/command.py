@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from experiments.parity import attention, ranking, retrieval, trajectory
-from experiments.parity.case import Arrays, Case, Rule, Wanted
+from experiments.parity.case import MODEL, Arrays, Case, Rule, Wanted
 from genrec_jax.errors import UserError
 from genrec_jax.interop.files import read_npz
 from kernels_pallas.hstu_attention import BACKENDS
@@ -98,7 +98,8 @@ def read_case(file: Path) -> Case:
 def check(file: Path, case: Case, backend: str) -> Checked:
     """Runs one backend on one case."""
     try:
-        with _on_this_machine(backend):
+        # Models multiply in full float32: a GPU's default is TensorFloat-32. Attention's kernels choose by themselves.
+        with _on_this_machine(backend), jax.default_matmul_precision("highest" if case.backends == MODEL else None):
             got = case.run(backend)
     except (NotImplementedError, ImportError) as reason:
         return Checked(file, backend, reason=str(reason))

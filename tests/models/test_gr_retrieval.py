@@ -241,3 +241,17 @@ def test_gradients_are_finite_everywhere_and_loss_falls(name):
             assert np.isfinite(grad[...]).all(), path
             assert np.abs(grad[...]).max() > 0, path
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_tables_and_biases_start_as_published():
+    """Of the two position tables one is Xavier normal, one a normal cut at two deviations; HSTU's b_o is uniform."""
+    hstu, sasrec = tiny("hstu_retrieval"), tiny("sasrec")
+    places, width = hstu.positions.shape
+    xavier = (2 / (places + width)) ** 0.5
+    assert float(jnp.std(hstu.positions[...])) == pytest.approx(xavier, rel=0.15)
+    assert float(jnp.abs(hstu.positions[...]).max()) > 2.3 * xavier
+    assert 1.8 < float(jnp.abs(sasrec.positions[...]).max()) * width**0.5 <= 2
+    assert float(jnp.std(sasrec.positions[...])) == pytest.approx(0.88 * width**-0.5, rel=0.15)
+    for block in hstu.stack.blocks:
+        bias = jnp.abs(block.out.bias[...]) * width**0.5  # W_o reads as many values as the model is wide
+        assert 0.6 < float(bias.max()) <= 1
