@@ -69,6 +69,6 @@ def _say_if_other_data(recipe: Recipe, sequences: Sequences) -> None:
     if not recipe.is_of(found):
         users = f"{recipe.users:,} users and " if recipe.users else ""
         print(
-            f"note: {recipe.name} was published on {recipe.dataset} with {users}{recipe.items:,} items; {sequences.name} "
-            f"has {found['users']:,} and {found['items']:,}: nothing is held against the published numbers"
+            f"note: {recipe.name} was published on {recipe.dataset} with {users}{recipe.items:,} items; "
+            f"{sequences.name} has {found['users']:,} and {found['items']:,}: its numbers do not compare"
         )

@@ -43,12 +43,12 @@ def draw(runs: Sequence["Run"], data: Mapping[str, Any] | None, metric: str) -> 
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(run.family for run in runs))
-    figure = Figure(figsize=(_PANEL[0] * len(names), _PANEL[1]), layout="constrained")
+    figure = Figure(figsize=(max(_PANEL[0] * len(names), 6), _PANEL[1]), layout="constrained")
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for axes, name in zip(panels, names, strict=True):
         _panel(axes, [run for run in runs if run.family == name], data, metric)
     panels[0].set_ylabel(metric.upper())
-    panels[0].legend(frameon=False, loc="lower right")
+    figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=4)
     return figure
 
 
