@@ -187,6 +187,50 @@ def report(runs: Positional[tuple[Path, ...]], *, out: Path) -> None:
     write_report(list(runs), out)
 
 
+def recipe(
+    names: Positional[tuple[str, ...]],
+    *,
+    data: Path,
+    out: Path,
+    seed: Many[tuple[int, ...]] = (),
+    epochs: int | None = None,
+    protocol: Many[tuple[Literal["original", "honest"], ...]] = (),
+    workers: int = 1,
+    quiet: bool = False,
+) -> None:
+    """Train published recipes (experiments/recipes) on a dataset, by both protocols; run again to go on.
+
+    Args:
+        names: Recipes by name, for example ml-1m-hstu.
+        data: Dataset folder, or the folder of a known raw dataset.
+        out: Folder of the trials; several runs may add to it.
+        seed: A seed, 0 if none is given; repeat for several.
+        epochs: Fewer epochs than published, for a look.
+        protocol: One protocol alone: original (watches the test event) or honest (chooses the epoch on validation).
+        workers: Trials at a time.
+        quiet: Plain lines instead of a live table.
+    """
+    from experiments.recipe import recipe_command
+
+    sys.exit(
+        recipe_command(
+            names, data, out, seeds=seed, protocols=protocol, epochs=epochs, workers=workers, quiet=quiet
+        )
+    )  # fmt: skip
+
+
+def results(runs: Positional[tuple[Path, ...]], *, out: Path) -> None:
+    """Write recipe runs beside the published numbers as a page of Markdown with curves.
+
+    Args:
+        runs: Folders of `genrec recipe` and of the study retrieval_choices.
+        out: Markdown file to write, for example docs/results/retrieval.md.
+    """
+    from experiments.retrieval_page import write_page
+
+    write_page(runs, out)
+
+
 def compare(trials: Positional[tuple[Path, ...]]) -> None:
     """Hold trained trials against the first on the same test impressions: NE and paired 95 % intervals.
 
@@ -227,6 +271,8 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
     "sweep": sweep,
     "fit": fit,
     "report": report,
+    "recipe": recipe,
+    "results": results,
     "compare": compare,
     "parity": parity,
     "bench": bench,

@@ -32,8 +32,7 @@ class MetricsLog:
     """
 
     def __init__(self, path: Path, step: int):
-        records = map(json.loads, _lines(path))
-        self.kept: list[dict[str, Any]] = [record for record in records if record["step"] <= step]
+        self.kept: list[dict[str, Any]] = [record for record in read_lines(path) if record["step"] <= step]
         _replace(path, "".join(f"{json.dumps(record)}\n" for record in self.kept))
         self._file = path.open("a", encoding="utf-8")
 
@@ -47,8 +46,8 @@ class MetricsLog:
         self._file.close()
 
 
-def _lines(path: Path) -> list[str]:
-    """Complete lines only: a kill may have cut the last one."""
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a ``metrics.jsonl``; complete lines only: a kill may have cut the last one."""
     if not path.exists():
         return []
-    return [line for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line]

@@ -29,6 +29,9 @@ RETRIEVAL = {
 }
 
 
+WHOLE = {"data.history": 40, "model.dropout": 0.0, "model.negatives": 0}  # nothing cut, nothing drawn
+
+
 @pytest.fixture(scope="module")
 def sequences(tmp_path_factory: pytest.TempPathFactory) -> Sequences:
     return random_dataset(tmp_path_factory.mktemp("data") / "log", users=60)
@@ -36,7 +39,7 @@ def sequences(tmp_path_factory: pytest.TempPathFactory) -> Sequences:
 
 def test_pieces_without_events_are_skipped_without_a_trace(sequences: Sequences) -> None:
     """A batch packed by itself leaves rows empty: in pieces or whole, the gradient is the same."""
-    trial = trial_of(sequences, "hstu_retrieval", **{**RETRIEVAL, "model.dropout": 0.0, "model.negatives": 0})
+    trial = trial_of(sequences, "hstu_retrieval", **(RETRIEVAL | WHOLE))
     optimizer = make_optimizer(trial.train, 10)
     batch = next(iter(loop.TrainStream(sequences, trial.data, "users", 8, seed=0)))
     occupied = (np.asarray(batch.user) >= 0).any(axis=1)
