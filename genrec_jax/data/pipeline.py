@@ -1,8 +1,8 @@
 """The input pipeline: an endless, resumable stream of training batches, and the fixed batches of an evaluation.
 
-Batch number i of a stream is a pure function of (dataset, configuration, seed, i): the shuffle is a bijection computed
-per position, not a stored order. So the whole state of the iterator is i, whatever the number of workers, and grain
-only has to map a range of integers ahead of the training step.
+Batch number i of a stream is a pure function of (dataset, configuration, seed, i): which rows a pass holds, how they
+are packed and in which order they come can be computed for any pass (``passes.py``). So the whole state of the iterator
+is i, whatever the number of workers, and grain only has to map a range of integers ahead of the training step.
 """
 
 import collections
@@ -17,10 +17,11 @@ import numpy as np
 from genrec_jax.batch import Batch, Shape
 from genrec_jax.config import DataConfig
 from genrec_jax.data import rows as row_tables
-from genrec_jax.data.packing import EMPTY, Assembler, plan_segments
+from genrec_jax.data.packing import EMPTY, Assembler
+from genrec_jax.data.passes import Passes
 from genrec_jax.data.rows import RowTable
 from genrec_jax.data.sequences import Sequences
-from genrec_jax.data.splits import Part, Split, hash64, kept_users, split_by_time, split_last_two
+from genrec_jax.data.splits import Part, Split, kept_users, split_by_time, split_last_two
 from genrec_jax.errors import UserError
 from genrec_jax.models.base import Goal, Rows
 
@@ -29,7 +30,6 @@ _AHEAD = 4  # chunks kept ready per process
 _CHUNK_ROWS = 512  # rows gathered at once, fewer if they hold more events than this:
 _CHUNK_EVENTS = 1 << 16
 _ENDLESS = 1 << 60
-_ROUNDS = 6
 
 
 class TrainStream:
@@ -38,8 +38,7 @@ class TrainStream:
     Passes follow one another without a seam: a batch may end one and begin the next, so no row is ever dropped and a
     dataset smaller than one batch works (its rows then repeat within the batch).
 
-    rows: packed rows in one pass. targets: supervised targets in one pass. steps_per_epoch: batches in one pass, a
-    fraction.
+    passes: what each of them holds.
     """
 
     def __init__(self, sequences: Sequences, config: DataConfig, kind: Rows, batch_rows: int, seed: int):
@@ -54,18 +53,19 @@ class TrainStream:
             raise UserError(
                 f"dataset {sequences.name!r} has no training rows of kind {kind!r} with data.fraction {config.fraction}"
             )
-        plan = plan_segments(table.history_length, config.history, config.segments, seed)
-        self.rows = len(plan)
-        self.targets = row_tables.supervised_targets(kind, table)
-        self.steps_per_epoch = self.rows / batch_rows
+        self.passes = Passes(kind, table, config, seed)
         batches = max(1, min(_CHUNK_ROWS, _CHUNK_EVENTS // config.history) // batch_rows)
-        self._make = _ChunkAt(Assembler(sequences, table, config.shape), plan, batch_rows, seed, batches)
+        assembler = Assembler(sequences, table, config.shape, self.passes.thinning)
+        self._make = _ChunkAt(assembler, self.passes, batch_rows, batches)
         self._workers = config.workers
-        self._identity: dict[str, int | str] = {
-            "rows": self.rows,
+        self._identity: dict[str, int | float | str] = {
+            "rows": len(self.passes[0].plan),
             "batch_rows": batch_rows,
             "seed": seed,
             "dataset": sequences.digest,
+            "stochastic_length": config.stochastic_length,
+            "subsequence": config.subsequence,
+            "rows_per_user": config.rows_per_user,
         }
         self._next = 0
         self._chunks: Any = None
@@ -84,11 +84,11 @@ class TrainStream:
         self._next += 1
         return self._ready.popleft()
 
-    def get_state(self) -> dict[str, int | str]:
+    def get_state(self) -> dict[str, int | float | str]:
         """JSON-serialisable state: the batches delivered so far, and what they were cut from."""
         return {"batch": self._next, **self._identity}
 
-    def set_state(self, state: Mapping[str, int | str]) -> None:
+    def set_state(self, state: Mapping[str, int | float | str]) -> None:
         """Continues after the batch at which ``get_state`` was called, with any number of workers.
 
         Raises UserError if the state comes from a stream of other data, rows, batch size or seed.
@@ -116,48 +116,20 @@ class _ChunkAt:
     """
 
     assemble: Assembler
-    plan: np.ndarray
+    passes: Passes
     batch_rows: int
-    seed: int
     batches: int
 
     def __call__(self, index: int) -> Batch:
         rows = self.batches * self.batch_rows
         position = int(index) * rows + np.arange(rows)
-        return self.assemble(self.plan[shuffled(position, len(self.plan), self.seed)])
+        parts = [self.assemble(plan, epoch) for epoch, plan in self.passes.at(position)]
+        return parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
     def split(self, chunk: Batch) -> list[Batch]:
         """The chunk's batches, in order, as views."""
         starts = range(0, self.batches * self.batch_rows, self.batch_rows)
         return [jax.tree.map(lambda x, at=at: x[at : at + self.batch_rows], chunk) for at in starts]
-
-
-def shuffled(position: np.ndarray, size: int, seed: int) -> np.ndarray:
-    """Where endless shuffled passes over ``range(size)`` are at each position (int64, at least one dimension).
-
-    Positions ``e * size .. (e + 1) * size - 1`` visit every index once, in an order of their own. A Feistel network
-    with cycle-walking (Black & Rogaway, CT-RSA 2002): a bijection of the next power of four, applied again until it
-    lands inside.
-    """
-    epoch, value = np.divmod(position, size)
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
-    key = hash64(epoch, seed)
-    value = value.copy()
-    outside = np.arange(len(value))
-    while len(outside):
-        value[outside] = _feistel(value[outside], half, key[outside])
-        outside = outside[value[outside] >= size]
-    return value
-
-
-def _feistel(value: np.ndarray, half: int, key: np.ndarray) -> np.ndarray:
-    """A bijection of ``0 .. 4**half - 1`` chosen by ``key`` (uint64, one per value)."""
-    mask = (1 << half) - 1
-    left, right = value >> half, value & mask
-    for number in range(_ROUNDS):
-        mixed = hash64(right, key + np.uint64(number)).astype(np.int64)
-        left, right = right, left ^ (mixed & mask)
-    return (left << half) | right
 
 
 def _prefetched(make: _ChunkAt, start: int, workers: int) -> Any:

@@ -1,6 +1,7 @@
 """HSTU for retrieval: the next item of a sequence, as in the public research code (Zhai et al., arXiv 2402.17152)."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from genrec_jax.batch import Batch, Shape
 from genrec_jax.errors import UserError
 from genrec_jax.layouts import ITEMS, NextItem, last_events, next_item
 from genrec_jax.models import registry
-from genrec_jax.models.base import Build, Retriever
+from genrec_jax.models.base import Build, Retriever, Rows
 from genrec_jax.models.sequence import SequenceConfig
 from genrec_jax.nn.basic import dropout
 from genrec_jax.nn.cost import Cost, total
@@ -29,7 +30,7 @@ class HSTURetrievalConfig(SequenceConfig):
     negatives: R per position, uniform over the items. temperature: of the softmax over cosines."""
 
     name = "hstu_retrieval"
-    rows = "users"
+    rows: ClassVar[Rows] = "users"
     goal = "retrieval"
     width: int = 50
     depth: int = 2

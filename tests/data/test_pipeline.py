@@ -8,7 +8,8 @@ import pytest
 
 from genrec_jax.config import DataConfig
 from genrec_jax.data import splits
-from genrec_jax.data.pipeline import TrainStream, evaluation_batches, evaluation_fingerprint, shuffled
+from genrec_jax.data.passes import shuffled
+from genrec_jax.data.pipeline import TrainStream, evaluation_batches, evaluation_fingerprint
 from genrec_jax.errors import UserError
 from tests.data.helpers import dataset, random_dataset
 
@@ -58,23 +59,25 @@ def test_one_pass_supervises_every_training_event_once(sequences, stream_of, kin
     stream = stream_of(kind, batch_rows=1, segments=segments)
     split = splits.split_by_time(sequences, 0.2, 0.2)
     events = np.concatenate([np.arange(a, b) for a, b in zip(*split.ranges("train"))])
-    assert stream.steps_per_epoch == stream.rows
-    assert stream.targets == len(events)
+    rows = len(stream.passes[0].plan)
+    assert stream.passes.rows(1.5) == 1.5 * rows
+    assert stream.passes.tally(rows).targets == len(events)
     for _ in range(2):
-        np.testing.assert_array_equal(np.sort(supervised_items(take(stream, stream.rows))), events + 1)
+        np.testing.assert_array_equal(np.sort(supervised_items(take(stream, rows))), events + 1)
 
 
 def test_users_rows_supervise_one_target_per_history_event(stream_of):
     stream = stream_of("users", batch_rows=1)
-    batches = take(stream, stream.rows)
-    assert stream.targets == sum(int((b.history.segment > 0).sum()) for b in batches)
+    rows = len(stream.passes[0].plan)
+    batches = take(stream, rows)
+    assert stream.passes.tally(rows).targets == sum(int((b.history.segment > 0).sum()) for b in batches)
     assert all((b.candidates.segment == [[1, 0, 0]]).all() for b in batches)
 
 
 def test_order_changes_with_the_pass_and_the_seed_only(stream_of):
     first, second = take(stream_of(), 60), take(stream_of(), 60)
     assert_same(first, second)
-    rows = stream_of(batch_rows=1).rows
+    rows = len(stream_of(batch_rows=1).passes[0].plan)
     stream = stream_of(batch_rows=1)
     passes = [np.stack([b.candidates.item for b in take(stream, rows)]) for _ in range(2)]
     other = np.stack([b.candidates.item for b in take(stream_of(batch_rows=1, seed=1), rows)])
@@ -104,15 +107,14 @@ def test_fewer_rows_than_a_batch_repeat_within_it(tmp_path):
     stream = TrainStream(sequences, CONFIG, "requests", 6, 0)
     (batch,) = take(stream, 1)
     stream.close()
-    assert stream.rows == 2
-    assert stream.steps_per_epoch == pytest.approx(1 / 3)
+    assert len(stream.passes[0].plan) == stream.passes.rows(1) == 2
     assert sorted(batch.candidates.item[:, 0]) == [1, 1, 1, 4, 4, 4]
 
 
 def test_fraction_thins_training_and_leaves_evaluation_alone(sequences, stream_of):
     def users(fraction):
         stream = stream_of(batch_rows=1, fraction=fraction)
-        return {int(b.user[0, 0]) for b in take(stream, stream.rows)}
+        return {int(b.user[0, 0]) for b in take(stream, len(stream.passes[0].plan))}
 
     assert set() < users(0.25) < users(0.5) < users(1.0)
     prints = [
