@@ -225,8 +225,8 @@ def check(trial: Trial) -> None:
         raise UserError(f"configuration key 'data.stochastic_length' must be in (1, 2], not {data.stochastic_length}")
     if data.stochastic_length < 2 and not isinstance(trial.model, SequenceConfig):
         raise UserError(
-            f"configuration key 'data.stochastic_length' is for sequence models: {trial.model.name} reads counts over "
-            "the whole history, which a thinned one would get wrong"
+            f"configuration key 'data.stochastic_length' is for sequence models: {trial.model.name} pays little for "
+            "its history and reads it as counts, which a thinned one gets wrong"
         )
     trial.model.check()
 

@@ -140,8 +140,18 @@ def test_a_pass_by_its_events(sequences, kind):
     stream = stream_of(sequences, kind)
     limit = stream.passes.thinning.threshold
     assert limit == 5
-    seen, supervised, events, squares, shorter = [], 0, 0, 0, 0
-    for batch in one_pass(stream):
+    chosen = [_check_pass(stream, epoch, full, limit, kind) for epoch in (0, 1, 2)]
+    for one, other in itertools.combinations(chosen, 2):
+        both = [t for t in full if len(one[t]) == len(other[t]) == limit < full[t][1] - full[t][0]]
+        assert len(both) > 20
+        assert np.mean([one[t] != other[t] for t in both]) > 0.7
+
+
+def _check_pass(stream, epoch, full, limit, kind):
+    """The kept events of every row by its target; ``full``: its whole history (start, stop)."""
+    chosen, supervised, squares = {}, 0, 0
+    batches = one_pass(stream, epoch)
+    for batch in batches:
         h, c = batch.history, batch.candidates
         supervised += int(h.supervised.sum()) + (0 if kind == "users" else int((c.segment > 0).sum()))
         for s in np.flatnonzero(batch.user[0] >= 0):
@@ -151,16 +161,15 @@ def test_a_pass_by_its_events(sequences, kind):
             assert (np.diff(kept) > 0).all()
             assert ((kept >= start) & (kept < stop)).all()
             assert len(kept) in (min(limit, stop - start), stop - start)
-            shorter += len(kept) < stop - start
-            seen.append(target)
-            events += len(kept)
+            assert target not in chosen
+            chosen[target] = kept.tolist()
             squares += len(kept) ** 2
         assert (h.supervised == ((h.segment > 0) & (kind != "requests"))).all()
-    assert sorted(seen) == sorted(full)
-    assert shorter > 0
-    tally = stream.passes.tally(int(stream.passes.rows(1)))
-    assert (tally.segments, tally.events, tally.squares) == (len(full), events, squares)
-    assert tally.targets == supervised
+    assert chosen.keys() == full.keys()
+    tally = stream.passes[epoch].tally
+    assert (tally.rows, tally.segments, tally.targets) == (len(batches), len(full), supervised)
+    assert (tally.events, tally.squares) == (sum(map(len, chosen.values())), squares)
+    return chosen
 
 
 def test_what_was_shown_together_stays_apart_when_thinned(sequences):

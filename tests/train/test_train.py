@@ -313,6 +313,25 @@ def test_the_account_follows_the_packing(sequences: Sequences) -> None:
     assert counted.rows < plan_account(whole).rows
 
 
+def test_cuts_of_the_log_cost_the_same_and_differ_in_targets(sequences: Sequences) -> None:
+    """HSTU on windows, requests and prefixes, one candidate each: equal rows, equal FLOPs, targets as delivered."""
+    found = {}
+    for rows in ("windows", "requests", "prefixes"):
+        settings = {"data.candidates": 1, "data.rows_per_user": 1, "model.rows": rows, "model.heads": 2}
+        trial = trial_of(sequences, "hstu", **settings)
+        counted = plan_account(trial)
+        stream = loop.TrainStream(sequences, trial.data, rows, 8, seed=0)
+        batches = [next(stream) for _ in range(counted.steps)]
+        stream.close()
+        delivered = sum(int(b.history.supervised.sum() + (b.candidates.segment > 0).sum()) for b in batches)
+        assert counted.targets == pytest.approx(delivered, rel=0.05)
+        found[rows] = counted
+    assert len({one.train_flops for one in found.values()}) == 1
+    assert found["requests"].targets == found["requests"].rows
+    assert found["prefixes"].targets > 3 * found["requests"].targets
+    assert found["windows"].targets > 3 * found["requests"].targets
+
+
 def test_the_test_part_can_be_left_unread(sequences: Sequences, tmp_path: Path) -> None:
     both, one = (loop.train(trial_of(sequences, **{"train.report_test": r}), tmp_path / str(r)) for r in (True, False))
     assert one["validation/ne"] == both["validation/ne"]
