@@ -61,7 +61,8 @@ class Passes:
         self.thinning = thinning(config, seed)
         self._drawn = self.thinning is not None or self._per_user > 0
         self._recent: dict[int, Pass] = {}
-        self._tallies: tuple[Tally, ...] = ()
+        self._tallies: dict[int, Tally] = {}
+        self._near = (0, 0)  # a pass and the position at which it starts, from which the next one asked for is near
 
     def __getitem__(self, epoch: int) -> Pass:
         key = epoch if self._drawn else 0
@@ -73,9 +74,9 @@ class Passes:
 
     def tally(self, rows: int) -> Tally:
         """Of the stream's first ``rows`` packed rows; the last, unfinished pass is counted by the share that is in."""
-        total, epoch = Tally(0, 0, 0, 0, 0), 0
         if not self._drawn:
             return self[0].tally * (rows / len(self[0].plan))
+        total, epoch = Tally(0, 0, 0, 0, 0), 0
         while total.rows < rows:
             one = self._tally(epoch)
             total += one * min(1.0, (rows - total.rows) / one.rows)
@@ -100,21 +101,22 @@ class Passes:
             plan = self[0].plan
             yield 0, plan[shuffled(position, len(plan), self._seed)]
             return
-        epoch, start = 0, 0
+        epoch, start = self._near  # read once: another thread may move it
+        if start > position[0]:
+            epoch, start = 0, 0
         while len(position):
             size = int(self._tally(epoch).rows)
             inside = position[position < start + size] - start
             if len(inside):
+                self._near = (epoch, start)
                 yield epoch, self[epoch].plan[shuffled(epoch * size + inside, size, self._seed)]
                 position = position[len(inside) :]
             epoch, start = epoch + 1, start + size
 
     def _tally(self, epoch: int) -> Tally:
-        tallies = self._tallies
-        if epoch >= len(tallies):
-            tallies += tuple(self[one].tally for one in range(len(tallies), epoch + 1))
-            self._tallies = tallies
-        return tallies[epoch]
+        if epoch not in self._tallies:
+            self._tallies[epoch] = self[epoch].tally
+        return self._tallies[epoch]
 
     def _make(self, epoch: int) -> Pass:
         index = self._draw(epoch)
