@@ -253,6 +253,18 @@ def parity(files: Positional[tuple[Path, ...]] = ()) -> None:
     sys.exit(parity_command(files))
 
 
+def sparsity(*, out: Path, data: Path | None = None) -> None:
+    """Print how much of long histories Stochastic Length removes, beside the tables of its paper, and draw it.
+
+    Args:
+        out: Folder of the figure.
+        data: Dataset folder, or the folder of a known raw dataset, whose own lengths are to be thinned too.
+    """
+    from experiments.sparsity import sparsity_command
+
+    sparsity_command(out, data)
+
+
 def bench(name: Positional[str] = "all", *, data: Path | None = None) -> None:
     """Measure speed and memory on this machine (docs/benchmarks says how to read it).
 
@@ -275,6 +287,7 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
     "results": results,
     "compare": compare,
     "parity": parity,
+    "sparsity": sparsity,
     "bench": bench,
 }
 

@@ -70,12 +70,25 @@ class Batch:
 
 
 @dataclasses.dataclass(frozen=True)
+class Filled:
+    """What packed rows hold on average: segments, history events, and the sum of the segments' squared lengths."""
+
+    segments: float
+    events: float
+    squares: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Shape:
-    """Static sizes of one row: N history slots, S segments, K candidates per segment."""
+    """Static sizes of one row: N history slots, S segments, K candidates per segment.
+
+    filled: for accounts, how packing fills such a row; None: S segments of N / S events.
+    """
 
     history: int
     candidates: int
     segments: int = 1
+    filled: Filled | None = None
 
     @property
     def slots(self) -> int:

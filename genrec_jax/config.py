@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from genrec_jax.batch import Shape
+from genrec_jax.data.stochastic_length import Subsequence
 from genrec_jax.errors import UserError
 from genrec_jax.models import registry
 from genrec_jax.models.base import ModelConfig
+from genrec_jax.models.sequence import SequenceConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +28,10 @@ class DataConfig:
     packing: how several segments come into a row. "pass" packs all rows once; a batch is ``batch_rows`` packed rows.
     "batch" draws ``batch_rows`` rows and packs these, so that a batch is as many users however long they are.
     eval_impressions: evaluate on at most this many impressions, the same ones for every architecture.
+    stochastic_length: alpha in (1, 2]; below 2, training thins histories that are longer than N^(alpha/2)
+    (``data/stochastic_length.py``; give it segments to pack, or rows stay as long as they were). subsequence: how the
+    events that stay are chosen. rows_per_user: how many of a user's n rows a pass takes, drawn anew for each (0: all),
+    so that each of them is trained on at rate rows_per_user / n. Neither touches evaluation.
     workers: processes that build batches ahead of the step (0: threads). digest: of the dataset's content, filled in
     when a path is resolved; stands for the path in the trial's name.
     """
@@ -40,6 +46,9 @@ class DataConfig:
     test: float = 0.1
     fraction: float = 1.0
     eval_impressions: int = 32768
+    stochastic_length: float = 2.0
+    subsequence: Subsequence = "elapsed"
+    rows_per_user: int = 0
     workers: int = 0
     digest: str = ""
 
@@ -220,8 +229,15 @@ def check(trial: Trial) -> None:
     for name in ("weight_decay", "embedding_weight_decay", "clip", "checkpoint_seconds"):
         if getattr(train, name) < 0:
             raise UserError(f"configuration key 'train.{name}' must not be negative, not {getattr(train, name)}")
-    if data.workers < 0 or trial.seed < 0:
-        raise UserError("configuration keys 'data.workers' and 'seed' must not be negative")
+    if min(data.workers, data.rows_per_user, trial.seed) < 0:
+        raise UserError("configuration keys 'data.workers', 'data.rows_per_user' and 'seed' must not be negative")
+    if not 1 < data.stochastic_length <= 2:
+        raise UserError(f"configuration key 'data.stochastic_length' must be in (1, 2], not {data.stochastic_length}")
+    if data.stochastic_length < 2 and not isinstance(trial.model, SequenceConfig):
+        raise UserError(
+            f"configuration key 'data.stochastic_length' is for sequence models: {trial.model.name} pays little for "
+            "its history and reads it as counts, which a thinned one gets wrong"
+        )
     if data.protocol == "original" and (trial.model.goal != "retrieval" or train.select != "last"):
         raise UserError(
             "configuration key 'data.protocol' can be 'original' for retrieval alone, and with train.select=last: it "

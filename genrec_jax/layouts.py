@@ -14,19 +14,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from genrec_jax.batch import Batch, Shape
+from genrec_jax.batch import Batch, Filled, Shape
 from genrec_jax.nn.features import of_segment
 from kernels_pallas.hstu_attention import Tokens
 
 _NEVER = jnp.iinfo(jnp.int32).max
-
-
-def attention_pairs(prefix: float, candidates: int) -> float:
-    """Pairs (query, key) one full segment computes: the causal half of its prefix, and each candidate's row.
-
-    ``P (P + 1) / 2 + K (P + 1)`` for P context and history tokens and K candidates that see the prefix and themselves.
-    """
-    return prefix * (prefix + 1) / 2 + candidates * (prefix + 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +39,18 @@ class Layout:
         return self.context + history * self.per_event + self.candidates
 
     def pairs(self, shape: Shape) -> float:
-        """Attention pairs of a full row; its S segments are taken equally long."""
-        prefix = self.context + self.per_event * shape.history / shape.segments
-        return shape.segments * attention_pairs(prefix, shape.candidates if self.candidates else 0)
+        """Attention pairs of a row: in each segment the causal half of its prefix, and each candidate's row.
+
+        ``P (P + 1) / 2 + K (P + 1)`` for P context and history tokens and K candidates that see the prefix and
+        themselves, summed over the segments that fill the row, or over S equal ones.
+        """
+        segments, n = shape.segments, shape.history
+        filled = shape.filled or Filled(segments, n, n**2 / segments)
+        c, e = self.context, self.per_event
+        prefix = c * filled.segments + e * filled.events
+        squares = c**2 * filled.segments + 2 * c * e * filled.events + e**2 * filled.squares
+        candidates = shape.candidates if self.candidates else 0
+        return (squares + prefix) / 2 + candidates * (prefix + filled.segments)
 
     def tokens(self, batch: Batch) -> Tokens:
         """Attributes of the T = ``row_tokens`` tokens of each row; a token asks and is looked at at its own time."""

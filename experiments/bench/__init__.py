@@ -55,12 +55,26 @@ def _attention(data: Path | None) -> Iterator[str]:
     return run(Found())
 
 
+def _thinning(data: Path | None) -> list[str]:
+    from experiments.bench.thinning import ALPHA, LENGTH, USERS, run
+
+    found = run()
+    return [
+        f"alpha {ALPHA}, {USERS} histories of {LENGTH:,}: {100 * found['removed']:.1f} % of the events and "
+        f"{100 * found['pairs']:.1f} % of the pairs removed, {found['rows']:.0f} packed rows",
+        f"training takes {found['thinned_ms']:.0f} ms a history, {found['whole_ms']:.0f} ms whole: "
+        f"{found['ratio']:.2f}x (one pass, side by side; a packed row {found['row_ms']:.0f} ms); load average "
+        f"{os.getloadavg()[0]:.1f}",
+    ]
+
+
 _BENCHMARKS: dict[str, Callable[[Path | None], Iterable[str]]] = {
     "retrieval": _retrieval,
     "import": _import,
     "pipeline": _pipeline,
     "overhead": _overhead,
     "attention": _attention,
+    "thinning": _thinning,
 }
 
 

@@ -1,8 +1,8 @@
 """The input pipeline: an endless, resumable stream of training batches, and the fixed batches of an evaluation.
 
-Batch number i of a stream is a pure function of (dataset, configuration, seed, i): the shuffle is a bijection computed
-per position, not a stored order. So the whole state of the iterator is i, whatever the number of workers, and grain
-only has to map a range of integers ahead of the training step.
+Batch number i of a stream is a pure function of (dataset, configuration, seed, i): which rows a pass holds, how they
+are packed and in which order they come can be computed for any pass (``passes.py``). So the whole state of the iterator
+is i, whatever the number of workers, and grain only has to map a range of integers ahead of the training step.
 """
 
 import collections
@@ -18,9 +18,10 @@ from genrec_jax.batch import Batch, Shape
 from genrec_jax.config import DataConfig
 from genrec_jax.data import rows as row_tables
 from genrec_jax.data.packing import EMPTY, Assembler, plan_segments
+from genrec_jax.data.passes import Passes
 from genrec_jax.data.rows import RowTable
 from genrec_jax.data.sequences import Sequences
-from genrec_jax.data.splits import Part, Split, hash64, kept_users, split_by_time, split_last
+from genrec_jax.data.splits import Part, Split, kept_users, split_by_time, split_last
 from genrec_jax.errors import UserError
 from genrec_jax.models.base import Goal, Rows
 
@@ -28,21 +29,16 @@ _THREADS = 2  # per process; numpy's gathers hold the GIL, so more threads only 
 _AHEAD = 4  # chunks kept ready per process
 _CHUNK_ROWS = 512  # rows gathered at once, fewer if they hold more events than this:
 _CHUNK_EVENTS = 1 << 16
-_SAMPLED_BATCHES = 64  # that tell how full packed rows are
 _ENDLESS = 1 << 60
-_ROUNDS = 6
 
 
 class TrainStream:
     """Endless iterator of training batches: pass after pass over the rows, each in its own order.
 
     Passes follow one another without a seam: a batch may end one and begin the next, so no row is ever dropped and a
-    dataset smaller than one batch works (its rows then repeat within the batch). With packing "batch" a batch holds
-    rows of one pass alone: the last one of a pass is filled up with empty rows, as every batch is once it is packed.
+    dataset smaller than one batch works (its rows then repeat within the batch); see `Passes` for packing by the batch.
 
-    rows: rows in one pass, packed ones with packing "pass", and those that fill up its last batch with packing "batch".
-    occupied: share of them that hold anything once packed. targets: supervised targets in one pass. steps_per_epoch:
-    batches in one pass, a fraction with packing "pass".
+    passes: what each of them holds.
     """
 
     def __init__(self, sequences: Sequences, config: DataConfig, kind: Rows, batch_rows: int, seed: int):
@@ -57,23 +53,21 @@ class TrainStream:
             raise UserError(
                 f"dataset {sequences.name!r} has no training rows of kind {kind!r} with data.fraction {config.fraction}"
             )
-        plan: _PassPlan | _BatchPlan
-        if config.packing == "batch":
-            plan = _BatchPlan(table.history_length, config.history, config.segments, batch_rows, seed)
-        else:
-            plan = _PassPlan(plan_segments(table.history_length, config.history, config.segments, seed), seed)
-        self.rows, self.occupied = plan.rows, plan.occupied()
-        self.targets = row_tables.supervised_targets(kind, table)
         self._sequences, self._table, self._kind = sequences, table, kind
-        self.steps_per_epoch = self.rows / batch_rows
+        self.passes = Passes(kind, table, config, batch_rows, seed)
         batches = max(1, min(_CHUNK_ROWS, _CHUNK_EVENTS // config.history) // batch_rows)
-        self._make = _ChunkAt(Assembler(sequences, table, config.shape), plan, batch_rows, batches)
+        assembler = Assembler(sequences, table, config.shape, self.passes.thinning)
+        self._make = _ChunkAt(assembler, self.passes, batch_rows, batches)
         self._workers = config.workers
-        self._identity: dict[str, int | str] = {
-            "rows": self.rows,
+        self._identity: dict[str, int | float | str] = {
+            "rows": int(self.passes[0].tally.rows),
             "batch_rows": batch_rows,
             "seed": seed,
             "dataset": sequences.digest,
+            "packing": config.packing,
+            "stochastic_length": config.stochastic_length,
+            "subsequence": config.subsequence,
+            "rows_per_user": config.rows_per_user,
         }
         self._next = 0
         self._chunks: Any = None
@@ -97,11 +91,11 @@ class TrainStream:
         events = row_tables.target_events(self._kind, self._table)
         return np.bincount(np.asarray(self._sequences.item)[events], minlength=self._sequences.schema.items)
 
-    def get_state(self) -> dict[str, int | str]:
+    def get_state(self) -> dict[str, int | float | str]:
         """JSON-serialisable state: the batches delivered so far, and what they were cut from."""
         return {"batch": self._next, **self._identity}
 
-    def set_state(self, state: Mapping[str, int | str]) -> None:
+    def set_state(self, state: Mapping[str, int | float | str]) -> None:
         """Continues after the batch at which ``get_state`` was called, with any number of workers.
 
         Raises UserError if the state comes from a stream of other data, rows, batch size or seed.
@@ -121,61 +115,6 @@ class TrainStream:
 
 
 @dataclasses.dataclass(frozen=True)
-class _PassPlan:
-    """Endless passes over rows that were packed once: ``plan`` [rows, S]."""
-
-    plan: np.ndarray
-    seed: int
-
-    @property
-    def rows(self) -> int:
-        return len(self.plan)
-
-    def occupied(self) -> float:
-        return 1.0
-
-    def __call__(self, position: np.ndarray) -> np.ndarray:
-        """The packed rows [P, S] at positions of the stream."""
-        return self.plan[shuffled(position, len(self.plan), self.seed)]
-
-
-@dataclasses.dataclass(frozen=True)
-class _BatchPlan:
-    """Passes of whole batches: each draws ``batch_rows`` rows of a pass and packs them, best fit, among themselves."""
-
-    lengths: np.ndarray
-    capacity: int
-    segments: int
-    batch_rows: int
-    seed: int
-
-    @property
-    def rows(self) -> int:
-        return -(-len(self.lengths) // self.batch_rows) * self.batch_rows
-
-    def occupied(self) -> float:
-        """Measured over the first pass, or as much of it as is quick."""
-        sample = min(self.rows, _SAMPLED_BATCHES * self.batch_rows)
-        return float((self(np.arange(sample))[:, 0] != EMPTY).mean())
-
-    def __call__(self, position: np.ndarray) -> np.ndarray:
-        """The packed rows [P, S] at positions of the stream, which begin and end with a batch; empty ones last."""
-        size = len(self.lengths)
-        number, place = np.divmod(position, self.rows)
-        real = place < size
-        row = np.full(len(position), EMPTY, np.int64)
-        row[real] = shuffled(number[real] * size + place[real], size, self.seed)
-        return np.concatenate([self._packed(part[part != EMPTY]) for part in row.reshape(-1, self.batch_rows)])
-
-    def _packed(self, rows: np.ndarray) -> np.ndarray:
-        """[batch_rows, S]: the given rows."""
-        plan = plan_segments(self.lengths[rows], self.capacity, self.segments, self.seed)
-        out = np.full((self.batch_rows, self.segments), EMPTY, np.int64)
-        out[: len(plan)] = np.where(plan == EMPTY, EMPTY, rows[plan])
-        return out
-
-
-@dataclasses.dataclass(frozen=True)
 class _ChunkAt:
     """Chunk number i of a stream: ``batches`` consecutive batches, gathered at once.
 
@@ -184,46 +123,20 @@ class _ChunkAt:
     """
 
     assemble: Assembler
-    plan: _PassPlan | _BatchPlan
+    passes: Passes
     batch_rows: int
     batches: int
 
     def __call__(self, index: int) -> Batch:
         rows = self.batches * self.batch_rows
-        return self.assemble(self.plan(int(index) * rows + np.arange(rows)))
+        position = int(index) * rows + np.arange(rows)
+        parts = [self.assemble(plan, epoch) for epoch, plan in self.passes.at(position)]
+        return parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
     def split(self, chunk: Batch) -> list[Batch]:
         """The chunk's batches, in order, as views."""
         starts = range(0, self.batches * self.batch_rows, self.batch_rows)
         return [jax.tree.map(lambda x, at=at: x[at : at + self.batch_rows], chunk) for at in starts]
-
-
-def shuffled(position: np.ndarray, size: int, seed: int) -> np.ndarray:
-    """Where endless shuffled passes over ``range(size)`` are at each position (int64, at least one dimension).
-
-    Positions ``e * size .. (e + 1) * size - 1`` visit every index once, in an order of their own. A Feistel network
-    with cycle-walking (Black & Rogaway, CT-RSA 2002): a bijection of the next power of four, applied again until it
-    lands inside.
-    """
-    epoch, value = np.divmod(position, size)
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
-    key = hash64(epoch, seed)
-    value = value.copy()
-    outside = np.arange(len(value))
-    while len(outside):
-        value[outside] = _feistel(value[outside], half, key[outside])
-        outside = outside[value[outside] >= size]
-    return value
-
-
-def _feistel(value: np.ndarray, half: int, key: np.ndarray) -> np.ndarray:
-    """A bijection of ``0 .. 4**half - 1`` chosen by ``key`` (uint64, one per value)."""
-    mask = (1 << half) - 1
-    left, right = value >> half, value & mask
-    for number in range(_ROUNDS):
-        mixed = hash64(right, key + np.uint64(number)).astype(np.int64)
-        left, right = right, left ^ (mixed & mask)
-    return (left << half) | right
 
 
 def _prefetched(make: _ChunkAt, start: int, workers: int) -> Any:

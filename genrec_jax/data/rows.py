@@ -1,8 +1,9 @@
 """Rows as index arrays: which events are history and which are candidates, before anything is gathered.
 
-Three ways to cut a log (``genrec_jax.models.base.Rows``). "requests": the candidates of one request with the history
-before it. "windows": disjoint windows of a user's training events, each event supervised once. "users": one row per
-user, the next item as target. All are computed over whole columns; no Python loop visits events.
+Four ways to cut a log (``genrec_jax.models.base.Rows``). "requests": the candidates of one request with the history
+before it. "prefixes": the same, the history's actions supervised too. "windows": disjoint windows of a user's training
+events, each event supervised once. "users": one row per user, the next item as target. All are computed over whole
+columns; no Python loop visits events.
 """
 
 import dataclasses
@@ -54,22 +55,24 @@ def training_rows(
     kind: Rows, sequences: Sequences, split: Split, kept: np.ndarray, history: int, candidates: int
 ) -> RowTable:
     """The training rows of the users in ``kept`` [U] bool, in file order; N = history, K = candidates per row."""
-    if kind == "requests":
-        return request_rows(sequences, split, "train", history, candidates, kept)
+    if kind in ("requests", "prefixes"):
+        rows = request_rows(sequences, split, "train", history, candidates, kept)
+        return dataclasses.replace(rows, supervised=kind == "prefixes")
     if kind == "windows":
         return window_rows(split, kept, history, candidates)
     return next_item_rows(sequences, split, "train", history, kept)
 
 
-def supervised_targets(kind: Rows, rows: RowTable) -> int:
-    """Training targets in one pass over ``rows``.
+def supervised_targets(kind: Rows, rows: RowTable, lengths: np.ndarray) -> int:
+    """Training targets in one pass over ``rows`` whose histories keep ``lengths`` [R] events.
 
-    "requests": candidates. "windows": history events and candidates. "users": one per history event, each of which
-    predicts the item after it (the last, the candidate).
+    "requests": candidates. "windows" and "prefixes": history events and candidates. "users": one per history event,
+    each of which predicts the item after it that is kept (the last, the candidate).
     """
-    in_history = int(rows.history_length.sum())
+    in_history = int(lengths.sum())
     return {
         "requests": rows.candidates,
+        "prefixes": in_history + rows.candidates,
         "windows": in_history + rows.candidates,
         "users": in_history,
     }[kind]

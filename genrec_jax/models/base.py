@@ -12,9 +12,10 @@ from genrec_jax.data.schema import Schema
 from genrec_jax.nn.cost import Cost
 from genrec_jax.retrieval_loss import Popularity
 
-# How a training row is cut from the log: "requests" = one request's candidates with the history before it; "windows" =
-# disjoint windows of consecutive events, each supervised once; "users" = one row per user, the next item as target.
-Rows = Literal["requests", "windows", "users"]
+# How a training row is cut from the log: "requests" = one request's candidates with the history before it; "prefixes" =
+# the same, with the actions of the history supervised too; "windows" = disjoint windows of consecutive events, each
+# supervised once; "users" = one row per user, the next item as target.
+Rows = Literal["requests", "prefixes", "windows", "users"]
 Goal = Literal["ranking", "retrieval"]
 
 
@@ -23,8 +24,12 @@ class ModelConfig:
     """Base of every architecture's configuration; ``name`` is its registry name."""
 
     name: ClassVar[str]
-    rows: ClassVar[Rows] = "requests"
     goal: ClassVar[Goal] = "ranking"
+
+    @property
+    def rows(self) -> Rows:
+        """How training rows are cut: fixed here, a key of the configuration where an architecture has a choice."""
+        return "requests"
 
     def check(self) -> None:
         """Raises UserError naming the ``model.`` key if the sizes are impossible."""

@@ -1,6 +1,7 @@
 """HSTU for ranking: actions predicted inside the sequence of items and actions (Zhai et al., arXiv 2402.17152)."""
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -79,10 +80,15 @@ class InterleavedRanker(Ranker):
 
 @dataclasses.dataclass(frozen=True)
 class HSTUConfig(SequenceConfig):
-    """Sizes as in SequenceConfig; heads are width / heads wide."""
+    """Sizes as in SequenceConfig; heads are width / heads wide.
+
+    rows: what one encoding is trained on. "windows": generative, every event of a window once per pass. "requests":
+    impression-level, only the candidates of one request. "prefixes": a request and every action before it; with
+    ``data.rows_per_user`` 1 these are the paper's users sampled at rate 1/n (section 2.3).
+    """
 
     name = "hstu"
-    rows = "windows"
+    rows: Literal["windows", "requests", "prefixes"] = "windows"
 
 
 @registry.register(HSTUConfig)

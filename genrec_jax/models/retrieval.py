@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from flax import nnx
 from genrec_jax.batch import Batch, Shape
 from genrec_jax.errors import UserError
 from genrec_jax.layouts import ITEMS, NextItem, last_events, next_item
-from genrec_jax.models.base import Build, Retriever
+from genrec_jax.models.base import Build, Retriever, Rows
 from genrec_jax.models.sequence import SequenceConfig
 from genrec_jax.nn.basic import dropout
 from genrec_jax.nn.cost import Cost, total
@@ -32,7 +32,7 @@ class RetrievalConfig(SequenceConfig):
     once for all positions of a batch. temperature: of the softmax over cosines.
     """
 
-    rows = "users"
+    rows: ClassVar[Rows] = "users"
     goal = "retrieval"
     width: int = 50
     depth: int = 2

@@ -23,7 +23,7 @@ class TransformerConfig(DirLConfig):
     layout: Literal["candidates", "interleaved"] = "candidates"
 
     @property
-    def rows(self) -> Rows:  # type: ignore[override]
+    def rows(self) -> Rows:
         return "windows" if self.layout == "interleaved" else "requests"
 
 

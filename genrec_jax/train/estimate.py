@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from genrec_jax.batch import Shape
+from genrec_jax.batch import Filled, Shape
 from genrec_jax.config import Trial
 from genrec_jax.data.pipeline import TrainStream
 from genrec_jax.data.schema import Schema
@@ -91,16 +91,25 @@ def _build(trial: Trial, schema: Schema, rngs: nnx.Rngs, popularity: Popularity 
 
 
 def train_steps(trial: Trial, stream: TrainStream) -> int:
-    return trial.train.steps or max(1, round(trial.train.epochs * stream.steps_per_epoch))
+    batches = stream.passes.rows(trial.train.epochs) / trial.train.batch_rows
+    return trial.train.steps or max(1, round(batches))
 
 
 def account(trial: Trial, model: Model, stream: TrainStream) -> Account:
-    """Adds up the blocks' own statements of cost."""
-    row = model.cost(trial.data.shape)
+    """Adds up the blocks' own statements of cost.
+
+    A row alone is charged at its static shape; packed rows have the pairs of the segments that are really packed.
+    """
     steps = train_steps(trial, stream)
     rows = steps * trial.train.batch_rows
-    targets = round(rows * stream.targets / stream.rows)
-    train_flops = 3.0 * row.flops * rows * stream.occupied
+    tally = stream.passes.tally(rows)
+    shape = trial.data.shape
+    if shape.segments > 1:
+        means = (x / tally.occupied for x in (tally.segments, tally.events, tally.squares))
+        shape = dataclasses.replace(shape, filled=Filled(*means))
+    row = model.cost(shape)
+    targets = round(tally.targets)
+    train_flops = 3.0 * row.flops * tally.occupied
     return Account(
         steps=steps,
         rows=rows,

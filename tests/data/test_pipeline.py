@@ -8,7 +8,8 @@ import pytest
 
 from genrec_jax.config import DataConfig
 from genrec_jax.data import splits
-from genrec_jax.data.pipeline import TrainStream, evaluation_batches, evaluation_fingerprint, shuffled
+from genrec_jax.data.passes import shuffled
+from genrec_jax.data.pipeline import TrainStream, evaluation_batches, evaluation_fingerprint
 from genrec_jax.errors import UserError
 from tests.data.helpers import dataset, random_dataset
 
@@ -58,16 +59,18 @@ def test_one_pass_supervises_every_training_event_once(sequences, stream_of, kin
     stream = stream_of(kind, batch_rows=1, segments=segments)
     split = splits.split_by_time(sequences, 0.2, 0.2)
     events = np.concatenate([np.arange(a, b) for a, b in zip(*split.ranges("train"))])
-    assert stream.steps_per_epoch == stream.rows
-    assert stream.targets == len(events)
+    rows = len(stream.passes[0].plan)
+    assert stream.passes.rows(1.5) == 1.5 * rows
+    assert stream.passes.tally(rows).targets == len(events)
     for _ in range(2):
-        np.testing.assert_array_equal(np.sort(supervised_items(take(stream, stream.rows))), events + 1)
+        np.testing.assert_array_equal(np.sort(supervised_items(take(stream, rows))), events + 1)
 
 
 def test_users_rows_supervise_one_target_per_history_event(stream_of):
     stream = stream_of("users", batch_rows=1)
-    batches = take(stream, stream.rows)
-    assert stream.targets == sum(int((b.history.segment > 0).sum()) for b in batches)
+    rows = len(stream.passes[0].plan)
+    batches = take(stream, rows)
+    assert stream.passes.tally(rows).targets == sum(int((b.history.segment > 0).sum()) for b in batches)
     assert all((b.candidates.segment == [[1, 0, 0]]).all() for b in batches)
 
 
@@ -75,7 +78,7 @@ def test_users_rows_supervise_one_target_per_history_event(stream_of):
 def test_target_counts_are_those_of_one_pass(sequences, stream_of, kind):
     stream = stream_of(kind, batch_rows=1)
     counts = np.zeros(sequences.schema.items, np.int64)
-    for batch in take(stream, stream.rows):
+    for batch in take(stream, int(stream.passes.rows(1))):
         history, first = batch.history.item[batch.history.supervised], batch.candidates.item[:, 0]
         if kind == "users":  # an event predicts the next: the first is no target
             items = np.concatenate([history[1:], first])
@@ -83,30 +86,32 @@ def test_target_counts_are_those_of_one_pass(sequences, stream_of, kind):
             items = np.concatenate([history, batch.candidates.item[batch.candidates.segment > 0]])
         np.add.at(counts, items, 1)
     np.testing.assert_array_equal(stream.target_counts(), counts)
-    assert counts.sum() == stream.targets
+    assert counts.sum() == stream.passes[0].tally.targets
 
 
 def test_a_batch_packed_by_itself_is_as_many_users(sequences, stream_of):
     """Every pass visits every user once, in whole batches; its last one is what is left."""
     stream = stream_of("users", batch_rows=7, segments=3, packing="batch", history=40)
     alone = stream_of("users", batch_rows=1, history=40)
-    assert stream.targets == alone.targets
-    assert stream.steps_per_epoch == -(-alone.rows // 7) == stream.rows / 7
-    assert alone.rows % 7
-    wanted = np.sort(np.concatenate([b.user[0] for b in take(alone, alone.rows)]))
+    whole, users = stream.passes[0].tally, int(alone.passes.rows(1))
+    assert whole.targets == alone.passes[0].tally.targets
+    assert whole.rows == stream.passes.rows(1) == 7 * -(-users // 7)
+    assert users % 7
+    wanted = np.sort(np.concatenate([b.user[0] for b in take(alone, users)]))
     filled = []
     for _ in range(2):
-        batches = take(stream, int(stream.steps_per_epoch))
-        users = [b.user[b.user >= 0] for b in batches]
-        assert [len(u) for u in users] == [7] * (len(batches) - 1) + [alone.rows % 7]
-        np.testing.assert_array_equal(np.sort(np.concatenate(users)), wanted)
+        batches = take(stream, int(whole.rows) // 7)
+        found = [b.user[b.user >= 0] for b in batches]
+        assert [len(u) for u in found] == [7] * (len(batches) - 1) + [users % 7]
+        np.testing.assert_array_equal(np.sort(np.concatenate(found)), wanted)
         assert all(b.user.shape == (7, 3) for b in batches)
         occupied = np.stack([(b.user >= 0).any(axis=1) for b in batches])
         assert (np.diff(occupied.astype(int), axis=1) <= 0).all()  # empty rows are last
-        assert sum(int(b.history.supervised.sum()) for b in batches) == stream.targets
+        assert sum(int(b.history.supervised.sum()) for b in batches) == whole.targets
         filled.append(occupied.mean())
-    assert stream.occupied == filled[0] < 0.8
-    assert stream_of("users").occupied == 1.0
+    assert whole.occupied / whole.rows == filled[0] < 0.8
+    one_by_one = stream_of("users").passes[0].tally
+    assert one_by_one.occupied == one_by_one.rows
 
 
 def test_a_stream_packed_by_batches_resumes(stream_of):
@@ -133,7 +138,7 @@ def test_protocols_train_up_to_the_watched_event(tmp_path, protocol, target):
 def test_order_changes_with_the_pass_and_the_seed_only(stream_of):
     first, second = take(stream_of(), 60), take(stream_of(), 60)
     assert_same(first, second)
-    rows = stream_of(batch_rows=1).rows
+    rows = len(stream_of(batch_rows=1).passes[0].plan)
     stream = stream_of(batch_rows=1)
     passes = [np.stack([b.candidates.item for b in take(stream, rows)]) for _ in range(2)]
     other = np.stack([b.candidates.item for b in take(stream_of(batch_rows=1, seed=1), rows)])
@@ -163,15 +168,14 @@ def test_fewer_rows_than_a_batch_repeat_within_it(tmp_path):
     stream = TrainStream(sequences, CONFIG, "requests", 6, 0)
     (batch,) = take(stream, 1)
     stream.close()
-    assert stream.rows == 2
-    assert stream.steps_per_epoch == pytest.approx(1 / 3)
+    assert len(stream.passes[0].plan) == stream.passes.rows(1) == 2
     assert sorted(batch.candidates.item[:, 0]) == [1, 1, 1, 4, 4, 4]
 
 
 def test_fraction_thins_training_and_leaves_evaluation_alone(sequences, stream_of):
     def users(fraction):
         stream = stream_of(batch_rows=1, fraction=fraction)
-        return {int(b.user[0, 0]) for b in take(stream, stream.rows)}
+        return {int(b.user[0, 0]) for b in take(stream, len(stream.passes[0].plan))}
 
     assert set() < users(0.25) < users(0.5) < users(1.0)
     prints = [

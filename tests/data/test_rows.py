@@ -100,13 +100,14 @@ def test_supervised_targets_by_hand(tmp_path):
     sequences = dataset(tmp_path / "d", [list(range(8)), list(range(8, 16))])
     time, last = split_by_time(sequences, 0.25, 0.25), split_last(sequences)
     kept = everyone(sequences)
-    count = {
-        kind: row_tables.supervised_targets(
-            kind, row_tables.training_rows(kind, sequences, last if kind == "users" else time, kept, 3, 2)
-        )
-        for kind in ("requests", "windows", "users")
+    tables = {
+        kind: row_tables.training_rows(kind, sequences, last if kind == "users" else time, kept, 3, 2)
+        for kind in ("requests", "prefixes", "windows", "users")
     }
-    assert count == {"requests": 8, "windows": 8, "users": 6}  # users: three history events, each predicts one
+    count = {kind: row_tables.supervised_targets(kind, rows, rows.history_length) for kind, rows in tables.items()}
+    # users: three history events, each predicts one; prefixes: rows of 0 + 2, 2 + 2, 3 + 2, 3 + 2 events.
+    assert count == {"requests": 8, "prefixes": 16, "windows": 8, "users": 6}
+    assert row_tables.supervised_targets("users", tables["users"], np.array([1, 2])) == 3
 
 
 def events_of(starts, stops):

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from genrec_jax import retrieval_loss
-from genrec_jax.batch import Shape
+from genrec_jax.batch import Filled, Shape
 from genrec_jax.config import DataConfig, TrainConfig, Trial
 from genrec_jax.data.schema import Schema
 from genrec_jax.layouts import CONTEXT_HISTORY_CANDIDATES, INTERLEAVED, ITEMS, next_item
@@ -91,6 +91,20 @@ def test_flops_of_a_packed_row_by_hand():
     pairs = 2 * ((1 + 3) * (1 + 3 + 1) / 2 + 3 * (1 + 3 + 1))
     stack = 2 * ((2 + 6 + 6) * HSTU_TOKEN + pairs * PAIR)
     assert build("dirl", shape).cost(shape).flops == 2 * MLP_U + REQUEST + stack + 6 * CANDIDATE
+
+
+def test_pairs_of_what_is_really_packed_by_hand():
+    """Rows of segments of 5 and 1 events, and of one segment of 6; on average 1.5 segments, 6 events, 31 squared."""
+    shape = Shape(6, 3, segments=2, filled=Filled(segments=1.5, events=6, squares=(25 + 1 + 36) / 2))
+
+    def alone(events, context, per_event, candidates):
+        prefix = context + per_event * events
+        return prefix * (prefix + 1) / 2 + candidates * (prefix + 1)
+
+    for layout, sizes in ((CONTEXT_HISTORY_CANDIDATES, (1, 1, 3)), (INTERLEAVED, (1, 2, 3)), (ITEMS, (0, 1, 0))):
+        assert layout.pairs(shape) == sum(alone(n, *sizes) for n in (5, 1, 6)) / 2
+    equal = dataclasses.replace(shape, filled=Filled(2, 6, 18))
+    assert INTERLEAVED.pairs(equal) == INTERLEAVED.pairs(dataclasses.replace(shape, filled=None))
 
 
 def test_active_parameters_are_at_most_those_held():

@@ -109,6 +109,21 @@ def test_packed_segments_have_the_same_loss(name):
     assert packed_count == count == 10 + 12
 
 
+@generative
+def test_one_encoding_predicts_what_an_impression_for_each_event_would(name):
+    """Row t holds the first t events of the full row as history and event t as its one candidate."""
+    full = random_batch(SHAPE, [[10]])
+    h = full.history
+    times = np.arange(10)[:, None]
+    rows = jax.tree.map(lambda x: np.repeat(x, 10, axis=0), full)
+    rows = change(rows, "history", segment=(np.arange(10) < times).astype(np.int32))
+    first = {f: np.repeat(getattr(h, f)[0][:, None], 3, axis=1) for f in ("item", "time", "labels", "before")}
+    features = {k: np.repeat(v[0][:, None], 3, axis=1) for k, v in h.features.items()}
+    alone = (np.arange(3) == 0) + np.zeros((10, 1), np.int32)
+    impressions = change(rows, "candidates", **first, features=features, segment=alone.astype(np.int32))
+    np.testing.assert_allclose(scores(name, impressions)[:, 0], event_scores(name, full)[0], rtol=0, atol=2e-6)
+
+
 @every_ranker
 def test_candidate_labels_do_not_reach_scores(name):
     flipped = change(batch(), "candidates", labels=1 - batch().candidates.labels)

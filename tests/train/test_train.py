@@ -1,5 +1,6 @@
 """Training: the optimiser's rules, resume = uninterrupted, early stop, validations, records, evaluation."""
 
+import dataclasses
 import json
 import math
 import time
@@ -18,6 +19,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from tensorboard.util import tensor_util
 
 from genrec_jax import metrics
+from genrec_jax.batch import Filled
 from genrec_jax.config import TrainConfig, Trial, default_trial
 from genrec_jax.data.pipeline import evaluation_batches
 from genrec_jax.data.schema import Schema
@@ -25,7 +27,7 @@ from genrec_jax.data.sequences import Sequences, save
 from genrec_jax.errors import UserError
 from genrec_jax.train import loop
 from genrec_jax.train.checkpoint import Checkpoints
-from genrec_jax.train.estimate import abstract_model, estimate, init_params
+from genrec_jax.train.estimate import abstract_model, estimate, init_params, plan_account
 from genrec_jax.train.evaluate import Evaluator, evaluate, make_scorer
 from genrec_jax.train.optimizer import make_optimizer, schedule
 from genrec_jax.train.step import bind, init_state, make_step
@@ -145,10 +147,13 @@ def end(run: Path, trial: Trial, sequences: Sequences) -> list[np.ndarray]:
     return [np.asarray(x) for x in jax.tree.leaves(restored[1].params)]
 
 
-@pytest.mark.parametrize("model", ["hstu", "dlrm"])
-def test_resumed_equals_uninterrupted(sequences: Sequences, tmp_path: Path, model: str) -> None:
+THINNED = {"data.segments": 3, "data.stochastic_length": 1.2, "model.heads": 2}
+
+
+@pytest.mark.parametrize(("model", "settings"), [("hstu", THINNED), ("dlrm", {})])
+def test_resumed_equals_uninterrupted(sequences: Sequences, tmp_path: Path, model: str, settings: dict) -> None:
     """Killed after the checkpoint at step 5, the run ends with the very numbers of a run that was left alone."""
-    trial = trial_of(sequences, model, **({"model.heads": 2} if model == "hstu" else {}))
+    trial = trial_of(sequences, model, **settings)
     whole = loop.train(trial, tmp_path / "whole")
 
     def kill(record: dict) -> None:
@@ -273,6 +278,51 @@ def test_result_is_complete_and_consistent(sequences: Sequences, tmp_path: Path)
     assert result["steps"] * 8 == result["rows"]
     for key in ("ne/click", "auc/like", "gauc", "ne", "validation/ne", "eval_set", "base_rate/click"):
         assert key in result
+
+
+def test_the_account_follows_the_packing(sequences: Sequences) -> None:
+    """Thinned histories leave fewer rows, fewer pairs in each, and fewer targets; by the batches of the run itself."""
+    settings = {"data.segments": 4, "data.stochastic_length": 1.2, "train.steps": 0, "train.epochs": 2.5}
+    thinned, whole = (
+        trial_of(sequences, "hstu", **{"model.heads": 2, **settings, **change})
+        for change in ({}, {"data.stochastic_length": 2.0})
+    )
+    counted = plan_account(thinned)
+    stream = loop.TrainStream(sequences, thinned.data, "windows", 8, seed=0)
+    batches = [next(stream) for _ in range(counted.steps)]
+    stream.close()
+    pairs, targets = 0.0, 0
+    for batch in batches:
+        targets += int(batch.history.supervised.sum() + (batch.candidates.segment > 0).sum())
+        for s in range(4):
+            prefix = 1 + 2 * (batch.history.segment == s + 1).sum(axis=1)[batch.user[:, s] >= 0]
+            pairs += (prefix * (prefix + 1) / 2 + 2 * (prefix + 1)).sum()
+    assert counted.targets == pytest.approx(targets, rel=0.02)  # the last pass is counted by the share that is in
+    filled = Filled(0.0, 0.0, 0.0)
+    bare = abstract_model(thinned, sequences.schema).cost(dataclasses.replace(thinned.data.shape, filled=filled)).flops
+    per_pair = 4 * 8  # one layer of width 8: a dot product and a value
+    assert counted.train_flops == pytest.approx(3 * (bare * counted.rows + per_pair * pairs), rel=0.02)
+    assert counted.train_flops < plan_account(whole).train_flops
+    assert counted.rows < plan_account(whole).rows
+
+
+def test_cuts_of_the_log_cost_the_same_and_differ_in_targets(sequences: Sequences) -> None:
+    """HSTU on windows, requests and prefixes, one candidate each: equal rows, equal FLOPs, targets as delivered."""
+    found = {}
+    for rows in ("windows", "requests", "prefixes"):
+        settings = {"data.candidates": 1, "data.rows_per_user": 1, "model.rows": rows, "model.heads": 2}
+        trial = trial_of(sequences, "hstu", **settings)
+        counted = plan_account(trial)
+        stream = loop.TrainStream(sequences, trial.data, rows, 8, seed=0)
+        batches = [next(stream) for _ in range(counted.steps)]
+        stream.close()
+        delivered = sum(int(b.history.supervised.sum() + (b.candidates.segment > 0).sum()) for b in batches)
+        assert counted.targets == pytest.approx(delivered, rel=0.05)
+        found[rows] = counted
+    assert len({one.train_flops for one in found.values()}) == 1
+    assert found["requests"].targets == found["requests"].rows
+    assert found["prefixes"].targets > 3 * found["requests"].targets
+    assert found["windows"].targets > 3 * found["requests"].targets
 
 
 def test_the_test_part_can_be_left_unread(sequences: Sequences, tmp_path: Path) -> None:

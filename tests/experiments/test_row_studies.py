@@ -1,0 +1,54 @@
+"""The studies of how rows are cut and thinned: their trials resolve, and cost what they are compared at."""
+
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+from experiments import generative, generative_tuning, stochastic_length
+from experiments.study import PlannedTrial, Study
+from genrec_jax.data.sequences import Sequences
+from genrec_jax.train.estimate import Account, plan_account
+from tests.data.helpers import random_dataset
+
+
+@pytest.fixture(scope="module")
+def sequences(tmp_path_factory: pytest.TempPathFactory) -> Sequences:
+    return random_dataset(tmp_path_factory.mktemp("data") / "log", users=120, longest=300)
+
+
+def planned(study: Study, sequences: Sequences) -> list[tuple[PlannedTrial, Account]]:
+    """The trials of at most 500 steps: on so small a log, longer ones are thousands of passes to count."""
+    short = [one for one in study.trials(str(sequences.path), "small") if one.trial.train.steps <= 500]
+    return [(one, plan_account(one.trial)) for one in short]
+
+
+def test_cuts_are_compared_at_equal_flops(sequences: Sequences) -> None:
+    flops = defaultdict(set)
+    targets = {}
+    for one, counted in planned(generative.STUDY, sequences):
+        flops[one.label].add(counted.train_flops)
+        targets[one.family, one.label] = counted.targets
+    assert flops.keys() == {"steps=250", "steps=500"}
+    assert all(len(found) == 1 for found in flops.values())
+    assert flops["steps=250"] != flops["steps=500"]
+    for label in flops:
+        assert targets["impressions", label] == targets["impressions 1/n", label]
+        assert min(targets["windows", label], targets["prefixes 1/n", label]) > 10 * targets["impressions", label]
+
+
+def test_a_smaller_alpha_makes_a_pass_cheaper(sequences: Sequences) -> None:
+    flops = {(one.family, one.label): c.train_flops for one, c in planned(stochastic_length.STUDY, sequences)}
+    labels = {label for _, label in flops}
+    assert len(labels) == 4
+    for label in labels:
+        by_alpha = [flops[name, label] for name in ("whole", "alpha 1.9", "alpha 1.8", "alpha 1.6")]
+        assert by_alpha == sorted(by_alpha, reverse=True)
+        same = [flops[f"alpha 1.6{how}", label] for how in ("", " place", " uniform", " recent")]
+        assert len(set(same)) == 1  # how events are chosen costs nothing
+
+
+@pytest.mark.parametrize("study", [generative.STUDY, generative_tuning.STUDY, stochastic_length.STUDY])
+def test_every_budget_resolves(study: Study, tmp_path: Path) -> None:
+    for budget in study.points:
+        assert study.trials(str(tmp_path), budget)
