@@ -39,7 +39,7 @@ def data_import(
     """Read a log (parquet, CSV, TSV, or a folder of a known dataset) into a dataset folder.
 
     Args:
-        files: Log files with the same columns, or one folder of MovieLens, Amazon Beauty or Globo.
+        files: Log files with the same columns, or one folder of MovieLens, Amazon or Globo.
         out: Dataset folder to write.
         user: Column of user ids.
         item: Column of item ids.

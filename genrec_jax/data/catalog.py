@@ -12,7 +12,14 @@ from genrec_jax.data.sequences import FORMAT
 from genrec_jax.errors import UserError
 from genrec_jax.paths import cache_root
 
-_ADAPTERS = (movielens.ml_1m, movielens.ml_100k, amazon.beauty, globo.clicks)
+_ADAPTERS = (
+    movielens.ml_1m,
+    movielens.ml_100k,
+    movielens.ml_20m,
+    amazon.beauty,
+    amazon.books,
+    globo.clicks,
+)
 
 
 def recognise(folder: str | Path) -> RawDataset | None:
@@ -35,8 +42,8 @@ def load_any(path: str | Path, cache_dir: str | Path | None = None, *, quiet: bo
     raw = recognise(path)
     if raw is None:
         raise UserError(
-            f"{path} is neither a dataset folder nor a raw dataset that is known here "
-            "(ml-1m, ml-100k, amazon-beauty, globo): import your own log with `genrec data import`"
+            f"{path} is neither a dataset folder nor a raw dataset that is known here (ml-1m, ml-100k, ml-20m, "
+            "amazon-beauty, amazon-books, globo): import your own log with `genrec data import`"
         )
     cache = Path(cache_dir) if cache_dir is not None else default_cache()
     target = cache / f"{raw.name}-{raw.fingerprint()}-v{FORMAT}"

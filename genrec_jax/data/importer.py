@@ -62,7 +62,7 @@ def _open_all(paths: list[Path], mapping: LogMapping) -> list[LogFile]:
         raise UserError("no log file was given")
     logs: list[LogFile] = []
     for path in paths:
-        log = open_log(path, mapping.columns)
+        log = open_log(path, mapping.columns, header=mapping.header)
         check_kinds(log, mapping.columns)
         for column, kind in log.kinds.items():
             if logs and kind != logs[0].kinds[column]:
@@ -188,13 +188,22 @@ def _write(folder: Path, reader: _Reader, name: str, logs: list[LogFile], notes:
     tie_breaks = [spool.read("order")] if mapping.order is not None else []
     order = np.lexsort([*tie_breaks, time, user])  # the last key is the first; stable, so file order breaks ties
     del tie_breaks
+    item = spool.read("item")
+    if mapping.min_events:
+        kept, users, items = _frequent(user, item, mapping.min_events)
+        if not len(users):
+            raise UserError(f"{logs[0].path}: no user is left with {mapping.min_events} events of such items")
+        order = order[kept[order]]
+        reader.users.keep(users)
+        reader.items.keep(items)
+        user, item = np.searchsorted(users, user), np.searchsorted(items, item) + 1
     origin = _write_time(folder, time, order, reader)
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(user, minlength=len(reader.users)))])
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(user[order], minlength=len(reader.users)))])
     np.save(folder / "offsets.npy", offsets.astype(np.int64))
     if mapping.request is not None:
         np.save(folder / "events/request.npy", _requests(user[order], spool.read("request")[order], order, reader))
     del time, user
-    np.save(folder / "events/item.npy", spool.read("item")[order])
+    np.save(folder / "events/item.npy", item[order].astype(np.int32))
     _write_labels(folder, spool, mapping, order)
     features = _write_features(folder, reader, order)
     schema = Schema(len(reader.items) + 1, tuple(label.name for label in mapping.labels), features)
@@ -204,11 +213,19 @@ def _write(folder: Path, reader: _Reader, name: str, logs: list[LogFile], notes:
         "files": [log.path.name for log in logs],
         "mapping": mapping.to_json(),
         "users": len(reader.users),
-        "events": reader.events,
+        "events": len(order),
         "notes": list(notes),
     }
     has_requests = mapping.request is not None
     write_manifest(folder, name=name, schema=schema, origin=origin, has_requests=has_requests, source=source)
+
+
+def _frequent(user: np.ndarray, item: np.ndarray, least: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """See ``LogMapping.min_events``: events that stay [E] bool, and the user and item ids that do, ascending."""
+    enough = (np.bincount(user)[user] >= least) & (np.bincount(item)[item] >= least)
+    left = np.bincount(user[enough], minlength=int(user.max()) + 1)
+    kept = enough & (left[user] >= least)
+    return kept, np.flatnonzero(left >= least), np.unique(item[enough])
 
 
 def _check_promise(user: np.ndarray, time: np.ndarray, reader: _Reader) -> None:
@@ -221,14 +238,14 @@ def _check_promise(user: np.ndarray, time: np.ndarray, reader: _Reader) -> None:
 
 def _write_time(folder: Path, time: np.ndarray, order: np.ndarray, reader: _Reader) -> int:
     """Writes whole seconds since the first event's second, which is returned as the origin."""
-    seconds = time // reader.units
+    seconds = time[order] // reader.units
     origin, last = int(seconds.min()), int(seconds.max())
     if last - origin > _MAX_SPAN:
-        latest = reader.where(int(seconds.argmax()))
+        latest = reader.where(int(order[seconds.argmax()]))
         raise UserError(
             f"{latest}: time is {last - origin} s after the first event, over {_MAX_SPAN} s; check the unit"
         )
-    np.save(folder / "events/time.npy", (seconds[order] - origin).astype(np.int32))
+    np.save(folder / "events/time.npy", (seconds - origin).astype(np.int32))
     return origin
 
 

@@ -80,6 +80,9 @@ class LogMapping:
     Events are sorted by (user, time, ``order`` if given, file order). ``time_unit`` is the unit of a numeric time
     column; date-time columns carry their own. ``promise_sorted`` says that times never decrease within a user in file
     order, and has it checked. ``features`` are columns of the log itself; a user's or item's must not vary.
+    ``min_events``: leave out events whose user or item has fewer in the whole log, counted once, and then users who are
+    left with fewer; items stay in the vocabulary. ``header``: whether the first line of a CSV or TSV file names the
+    columns; else they are called 1, 2, ...
     """
 
     user: str
@@ -92,8 +95,12 @@ class LogMapping:
     features: tuple[tuple[Level, FeatureColumn], ...] = ()
     tables: tuple[SideTable, ...] = ()
     promise_sorted: bool = False
+    min_events: int = 0
+    header: bool = True
 
     def __post_init__(self) -> None:
+        if self.min_events and (self.tables or any(level != "event" for level, _ in self.features)):
+            raise UserError("rare users and items cannot be left out of a log with features of users or items")
         if self.time_unit not in get_args(TimeUnit):
             raise UserError(f"time unit {self.time_unit!r} is not one of s, ms, us, ns (it is never guessed)")
         _refuse_repeats([label.name for label in self.labels], "label")

@@ -64,6 +64,11 @@ class Vocabulary:
         """Remembers that a source holds these keys as text, so that "7" is not given back as 7."""
         self._typed_text |= kind == "text"
 
+    def keep(self, ids: np.ndarray) -> None:
+        """Drops all keys but those of the given ids (ascending), and numbers these anew in the same order."""
+        listed = list(self.ids)
+        self.ids = {listed[old - self.first]: new for new, old in enumerate(ids.tolist(), self.first)}
+
     def table(self) -> Any:
         """Arrow table (id int32, key): keys are integers if all are written as integers, else text."""
         keys = pa.array(list(self.ids), pa.string())

@@ -69,17 +69,25 @@ class LogFile:
     path: Path
     kinds: Mapping[str, str]
     rows: int | None
+    header: bool = True
 
     def chunks(self, chunk_rows: int = CHUNK_ROWS) -> Iterator[Chunk]:
         """Chunks of ``chunk_rows`` rows (text: lines of 64 bytes) in file order, holding the columns of ``kinds``."""
         columns = list(self.kinds)
         if self.path.suffix == ".parquet":
             return _parquet_chunks(self.path, columns, chunk_rows)
-        return _text_chunks(self.path, _TEXT_FORMATS[self.path.suffix], columns, chunk_rows)
+        return _text_chunks(self.path, _text_format(self.path, self.header), columns, chunk_rows)
 
 
-def open_log(path: Path, columns: Mapping[str, str]) -> LogFile:
-    """Checks that ``path`` is readable and has ``columns`` (name -> role). Raises UserError naming file and column."""
+def _text_format(path: Path, header: bool) -> _TextFormat:
+    form = _TEXT_FORMATS[path.suffix]
+    return form if header else dataclasses.replace(form, header=False)
+
+
+def open_log(path: Path, columns: Mapping[str, str], *, header: bool = True) -> LogFile:
+    """Checks that ``path`` is readable and has ``columns`` (name -> role); without ``header`` those of a text file are
+    called 1, 2, ... Raises UserError naming file and column.
+    """
     if not path.exists():
         raise UserError(f"{path} does not exist")
     if not path.is_file():
@@ -93,9 +101,9 @@ def open_log(path: Path, columns: Mapping[str, str]) -> LogFile:
     if path.suffix not in _TEXT_FORMATS:
         raise UserError(f"{path} has extension {path.suffix!r}; logs are read from {', '.join(EXTENSIONS)}")
     with path.open("rb") as file:
-        header, _ = _header(file, _TEXT_FORMATS[path.suffix], path)
-    _check_header(header, columns, path)
-    return LogFile(path, dict.fromkeys(columns, "untyped"), None)
+        names, _ = _header(file, _text_format(path, header), path)
+    _check_header(names, columns, path)
+    return LogFile(path, dict.fromkeys(columns, "untyped"), None, header)
 
 
 def _check_header(header: Sequence[str], columns: Mapping[str, str], path: Path) -> None:

@@ -51,3 +51,14 @@ def ml_100k(folder: Path) -> RawDataset | None:
     )
     labels = (parse_label("like=rating>=4"), parse_label("love=rating==5"))
     return RawDataset("ml-100k", (log,), LogMapping("user_id", "item_id", "timestamp", labels, tables=tables))
+
+
+def ml_20m(folder: Path) -> RawDataset | None:
+    """The releases since 2015 (20M, 25M, 32M, latest): ``ratings.csv`` and ``movies.csv``; named as the folder is."""
+    ratings, movies = folder / "ratings.csv", folder / "movies.csv"
+    if not (ratings.is_file() and movies.is_file()):
+        return None
+    tables = (SideTable("item", movies, "movieId", (FeatureColumn("genres", "genres", "|"),)),)
+    labels = (parse_label("like=rating>=4"), parse_label("love=rating==5"))
+    mapping = LogMapping("userId", "movieId", "timestamp", labels, tables=tables)
+    return RawDataset(folder.resolve().name, (ratings,), mapping)

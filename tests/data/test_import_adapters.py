@@ -47,6 +47,63 @@ def movielens(folder: Path, layout: str) -> Path:
     return folder
 
 
+def test_movielens_20m(tmp_path):
+    folder = tmp_path / "ml-20m"
+    folder.mkdir()
+    movies = 'movieId,title,genres\n7,"Comma, The (1999)",Drama|War\n5,Never Rated (1990),Drama\n'
+    (folder / "movies.csv").write_text(movies)
+    rows = [(1, 7, 3.5, 50), (2, 7, 5.0, 20), (2, 7, 4.0, 10)]
+    lines = ["userId,movieId,rating,timestamp", *(",".join(map(str, row)) for row in rows)]
+    (folder / "ratings.csv").write_text("\n".join(lines) + "\n")
+    data = load(load_any(folder, tmp_path / "cache", quiet=True))
+    assert (data.name, data.users, data.events, data.schema.items) == ("ml-20m", 2, 3, 3)
+    assert data.time.tolist() == [40, 0, 10]
+    assert data.labels.tolist() == [[0, 0], [1, 0], [1, 1]]
+
+
+def books_by_hand(rows):
+    """Histories and catalogue by the public code's rule, with dictionaries."""
+    users, items = ([row[i] for row in rows] for i in (0, 1))
+    enough = [row for row in rows if users.count(row[0]) >= 5 and items.count(row[1]) >= 5]
+    histories = {}
+    for user, item, _, time in enough:
+        histories.setdefault(user, []).append((time, item))
+    histories = {user: sorted(events) for user, events in histories.items() if len(events) >= 5}
+    return histories, {row[1] for row in enough}
+
+
+def test_amazon_books_leaves_rare_users_and_items_out_once(tmp_path):
+    """Counted once: items that fall below five with the users who leave stay in the catalogue."""
+    rng = np.random.default_rng(0)
+    rows = [(f"U{rng.geometric(0.1)}", f"{rng.geometric(0.08):010d}", 5.0, 1000 + 7 * i) for i in range(220)]
+    folder = tmp_path / "books"
+    folder.mkdir()
+    (folder / "ratings_Books.csv").write_text("".join(",".join(map(str, row)) + "\n" for row in rows))
+    data = load(load_any(folder, tmp_path / "cache", quiet=True))
+    histories, catalogue = books_by_hand(rows)
+    assert 0 < len(histories) < len({row[0] for row in rows})
+    kept = {item for events in histories.values() for _, item in events}
+    assert any(sum(i == item for e in histories.values() for _, i in e) < 5 for item in catalogue)
+    assert kept <= catalogue < {row[1] for row in rows}
+    keys = {name: pl.read_parquet(data.path / f"keys/{name}.parquet") for name in ("users", "items")}
+    assert keys["items"]["id"].to_list() == list(range(1, len(catalogue) + 1))
+    assert set(keys["items"]["key"]) == catalogue
+    assert data.schema.items == len(catalogue) + 1
+    item_of = dict(keys["items"].iter_rows())
+    found = {
+        user: [(int(data.time[e]) + data.origin, item_of[int(data.item[e])]) for e in range(*data.offsets[u : u + 2])]
+        for u, user in keys["users"].iter_rows()
+    }
+    assert found == histories
+
+
+def test_a_log_of_rare_items_alone_is_refused(tmp_path):
+    (tmp_path / "ratings_Books.csv").write_text("U1,B1,5.0,7\nU2,B2,3.0,8\n")
+    with pytest.raises(UserError, match=r"ratings_Books.csv: no user is left with 5 events"):
+        load_any(tmp_path, tmp_path / "cache", quiet=True)
+    assert not list((tmp_path / "cache").glob("*/dataset.json"))
+
+
 @pytest.mark.parametrize("layout", ["original", "parquet"])
 def test_movielens_1m(tmp_path, layout):
     data = load(load_any(movielens(tmp_path / "raw", layout), tmp_path / "cache", quiet=True))

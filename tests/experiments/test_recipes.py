@@ -82,9 +82,7 @@ def metrics_of(draw: np.random.Generator, part: str = "") -> dict[str, float]:
     return {part + name: float(draw.random()) for name in METRICS}
 
 
-def write_trial(
-    folder: Path, study: str, family: str, label: str, seed: int, draw: np.random.Generator, **more: Any
-) -> None:
+def write_trial(folder: Path, place: tuple[str, str, str], seed: int, draw: np.random.Generator, **more: Any) -> None:
     """A finished trial of three epochs of two steps whose numbers are random, or an unfinished one."""
     study, family, label = place
     original = label == "original"
