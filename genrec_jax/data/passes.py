@@ -170,11 +170,14 @@ class Passes:
             targets=row_tables.supervised_targets(self._kind, rows, lengths),
         )
         one = Pass(index, lengths, plan, tally)
-        return one if plan is not None else replace(one, tally=replace(tally, occupied=count * self._occupied(one)))
+        return (
+            one if plan is not None else replace(one, tally=replace(tally, occupied=count * self._occupied(one, epoch)))
+        )
 
-    def _occupied(self, one: Pass) -> float:
+    def _occupied(self, one: Pass, epoch: int) -> float:
         """Share of packed rows that hold anything, in the first batches of a pass."""
-        sample = np.arange(min(int(one.tally.rows), _SAMPLED_BATCHES * self._batch_rows))
+        count = int(one.tally.rows)
+        sample = epoch * count + np.arange(min(count, _SAMPLED_BATCHES * self._batch_rows))
         return float((self._packed(one, sample)[:, 0] != EMPTY).mean())
 
     def _draw(self, epoch: int) -> np.ndarray:

@@ -15,7 +15,7 @@ from genrec_jax.data.packing import EMPTY, Assembler
 from genrec_jax.data.passes import Passes
 from genrec_jax.data.pipeline import TrainStream, evaluation_batches
 from genrec_jax.data.rows import RowTable
-from genrec_jax.data.splits import split_by_time, split_last_two
+from genrec_jax.data.splits import split_by_time, split_last
 from genrec_jax.data.stochastic_length import SUBSEQUENCES, StochasticLength
 from genrec_jax.errors import UserError
 from tests.data.helpers import dataset, owner, random_dataset
@@ -134,7 +134,7 @@ def test_chances_by_hand():
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_pass_by_its_events(sequences, kind):
     """Every row once; thinned histories are ordered subsequences of the full one; targets and counts as accounted."""
-    split = split_last_two(sequences) if kind == "users" else split_by_time(sequences, 0.1, 0.1)
+    split = split_last(sequences) if kind == "users" else split_by_time(sequences, 0.1, 0.1)
     table = row_tables.training_rows(kind, sequences, split, everyone(sequences), 16, 2)
     full = {int(t): (int(a), int(b)) for t, a, b in zip(table.target_start, table.history_start, table.history_stop)}
     stream = stream_of(sequences, kind)
@@ -192,9 +192,9 @@ def test_what_was_shown_together_stays_apart_when_thinned(sequences):
 def test_packed_rows_hold_the_same_segments_as_single_rows(sequences, kind):
     """A row is thinned alike wherever it is packed."""
     config = dataclasses.replace(CONFIG, subsequence="place")
-    split = split_last_two(sequences) if kind == "users" else split_by_time(sequences, 0.1, 0.1)
+    split = split_last(sequences) if kind == "users" else split_by_time(sequences, 0.1, 0.1)
     table = row_tables.training_rows(kind, sequences, split, everyone(sequences), 16, 2)
-    passes = Passes(kind, table, config, 1)
+    passes = Passes(kind, table, config, 1, 1)
     plan = passes[2].plan
     packed = leaves(Assembler(sequences, table, Shape(16, 2, 4), passes.thinning)(plan, 2))
     single = leaves(Assembler(sequences, table, Shape(16, 2), passes.thinning)(np.arange(len(table))[:, None], 2))
@@ -207,7 +207,7 @@ def test_packed_rows_hold_the_same_segments_as_single_rows(sequences, kind):
         for name in ("item", "time", "labels", "before"):
             slots = packed[f"candidates.{name}"][b][2 * s : 2 * s + 2]
             np.testing.assert_array_equal(slots, single[f"candidates.{name}"][row])
-    whole = Passes(kind, table, dataclasses.replace(config, stochastic_length=2.0), 1)
+    whole = Passes(kind, table, dataclasses.replace(config, stochastic_length=2.0), 1, 1)
     assert len(plan) < len(whole[0].plan)
 
 
@@ -239,7 +239,7 @@ def test_resumes_bit_for_bit_with_any_number_of_workers(sequences, changes):
 def test_passes_seeds_and_rows_are_thinned_differently(sequences):
     def kept(epoch=0, seed=0):
         table = row_tables.window_rows(split_by_time(sequences, 0.1, 0.1), everyone(sequences), 16, 2)
-        rule = dataclasses.replace(Passes("windows", table, CONFIG, seed).thinning, alpha=1.01)
+        rule = dataclasses.replace(Passes("windows", table, CONFIG, 1, seed).thinning, alpha=1.01)
         rows = table.take(table.history_length == 16)
         return rule.places(rows, epoch, np.asarray(sequences.time))
 
@@ -261,6 +261,25 @@ def test_tally_of_part_of_a_run(sequences):
     assert passes.rows(1.25) == first.rows + second.rows / 4
 
 
+def test_batches_that_pack_themselves_visit_every_thinned_row_once_per_pass(sequences):
+    """Whole batches of four rows, packed by their thinned lengths; the account charges the packed rows in use."""
+    config = dataclasses.replace(CONFIG, packing="batch", segments=3)
+    table = row_tables.training_rows("users", sequences, split_last(sequences), everyone(sequences), 16, 1)
+    passes = Passes("users", table, config, 4, 1)
+    size = 4 * -(-len(table) // 4)
+    assert [passes[epoch].tally.rows for epoch in range(3)] == [size] * 3
+    found = dict(passes.at(np.arange(3 * size)))
+    assert list(found) == [0, 1, 2]
+    thinning = passes.thinning
+    for epoch, plan in found.items():
+        assert plan.shape == (size, 3)
+        np.testing.assert_array_equal(np.sort(plan[plan != EMPTY]), np.arange(len(table)))
+        lengths = np.where(plan == EMPTY, 0, thinning.lengths(table, epoch)[plan])
+        assert lengths.sum(1).max() <= 16
+        assert passes[epoch].tally.occupied == (plan != EMPTY).any(1).sum() < size
+        np.testing.assert_array_equal(np.concatenate([p for _, p in passes.at(epoch * size + np.arange(8))]), plan[:8])
+
+
 def test_rows_of_a_user_are_drawn_at_rate_m_over_n(tmp_path):
     """Users of 1, 2 and 8 rows: min(n, m) of them in every pass, each equally often, drawn anew."""
     sequences = dataset(tmp_path / "d", [[0], [0, 1], list(range(8)), [98] * 4, [99] * 4])
@@ -269,7 +288,7 @@ def test_rows_of_a_user_are_drawn_at_rate_m_over_n(tmp_path):
     assert np.bincount(table.user).tolist() == [1, 2, 8]
     for per_user in (1, 3):
         config = dataclasses.replace(CONFIG, candidates=1, segments=1, stochastic_length=2.0, rows_per_user=per_user)
-        passes = Passes("requests", table, config, 0)
+        passes = Passes("requests", table, config, 1, 0)
         count = np.zeros(len(table))
         for epoch in range(2000):
             rows = passes[epoch].plan[:, 0]
