@@ -58,7 +58,7 @@ class Passes:
     def __init__(self, kind: Rows, table: RowTable, config: DataConfig, seed: int):
         self._kind, self._table, self._seed = kind, table, seed
         self._history, self._segments, self._per_user = config.history, config.segments, config.rows_per_user
-        self.thinning = thinning(config, seed)
+        self.thinning = _thinning(config, seed)
         self._drawn = self.thinning is not None or self._per_user > 0
         self._recent: dict[int, Pass] = {}
         self._tallies: dict[int, Tally] = {}
@@ -147,7 +147,7 @@ class Passes:
         return hash64(np.array([epoch]), self._seed) + use
 
 
-def thinning(config: DataConfig, seed: int) -> StochasticLength | None:
+def _thinning(config: DataConfig, seed: int) -> StochasticLength | None:
     """The configuration's Stochastic Length; None at alpha 2, where it keeps everything."""
     if config.stochastic_length >= 2:
         return None
