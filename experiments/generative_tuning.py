@@ -7,14 +7,15 @@ validation NE, the test part is not evaluated.
 
 Small: 16 trials, about ten minutes with two workers on two cores.
 
-Expect lower rates for impressions, whose steps have a sixtieth of the targets.
+Expect lower rates for impressions, whose steps have a fiftieth of the targets.
 """
 
 import sys
+from dataclasses import replace
 
 from experiments.generative import BASE, CUTS, SMALL, cut
 from experiments.study import Study
-from experiments.sweep import Sweep, ladder, param
+from experiments.sweep import Sweep, param
 
 LEARNING_RATES = [0.003, 0.009, 0.027, 0.081]
 
@@ -23,7 +24,8 @@ def _grid() -> Sweep:
     points = Sweep(())
     for name in CUTS:
         for rate in LEARNING_RATES:
-            points += cut(name, 64, SMALL, rate) * ladder({f"rate={rate:g}": {}})
+            for point in cut(name, 64, SMALL, rate):
+                points += Sweep((replace(point, label=f"rate={rate:g}", axis_value=rate),))
     return points * param("train.steps", [1000]) * param("seed", [0])
 
 

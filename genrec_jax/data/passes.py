@@ -74,7 +74,7 @@ class Passes:
         self._kind, self._table, self._seed = kind, table, seed
         self._history, self._segments, self._per_user = config.history, config.segments, config.rows_per_user
         self._batch_rows = batch_rows if config.packing == "batch" else 0
-        self.thinning = thinning(config, seed)
+        self.thinning = _thinning(config, seed)
         self._drawn = self.thinning is not None or self._per_user > 0
         self._recent: dict[int, Pass] = {}
         self._tallies: dict[int, Tally] = {}
@@ -199,7 +199,7 @@ def _whole(rows: int, batch_rows: int) -> int:
     return -(-rows // batch_rows) * batch_rows
 
 
-def thinning(config: DataConfig, seed: int) -> StochasticLength | None:
+def _thinning(config: DataConfig, seed: int) -> StochasticLength | None:
     """The configuration's Stochastic Length; None at alpha 2, where it keeps everything."""
     if config.stochastic_length >= 2:
         return None

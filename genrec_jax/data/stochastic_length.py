@@ -10,7 +10,7 @@ hash of (seed, row, pass over the data): the same on every machine, other events
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
@@ -19,7 +19,6 @@ from genrec_jax.data.splits import hash64
 
 # How the events of a subsequence are chosen.
 Subsequence = Literal["elapsed", "place", "uniform", "recent"]
-SUBSEQUENCES = get_args(Subsequence)
 
 _COIN, _CHOICE = np.uint64(1), np.uint64(2)  # what a row's hash is for
 
@@ -99,5 +98,5 @@ class StochasticLength:
 
 
 def uniform(bits: np.ndarray) -> np.ndarray:
-    """uint64 hashes as numbers inside (0, 1)."""
+    """uint64 hashes as numbers in (0, 1]."""
     return ((bits >> np.uint64(11)) + 0.5) * 2.0**-53

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+from typing import get_args
 
 import jax
 import numpy as np
@@ -16,7 +17,7 @@ from genrec_jax.data.passes import Passes
 from genrec_jax.data.pipeline import TrainStream, evaluation_batches
 from genrec_jax.data.rows import RowTable
 from genrec_jax.data.splits import split_by_time, split_last
-from genrec_jax.data.stochastic_length import SUBSEQUENCES, StochasticLength
+from genrec_jax.data.stochastic_length import StochasticLength, Subsequence
 from genrec_jax.errors import UserError
 from tests.data.helpers import dataset, owner, random_dataset
 from tests.data.test_packing import everyone, leaves
@@ -95,7 +96,7 @@ def test_alpha_two_keeps_everything(sequences):
         np.testing.assert_array_equal(leaves(ruled(plan, 3))[name], value)
 
 
-@pytest.mark.parametrize("subsequence", SUBSEQUENCES)
+@pytest.mark.parametrize("subsequence", get_args(Subsequence))
 def test_a_subsequence_is_in_order_and_inside(subsequence):
     rows = histories(np.array([9, 16, 12, 9]))
     rule = StochasticLength(1.5, 16, subsequence, 0)

@@ -188,7 +188,7 @@ def test_every_study_resolves_at_every_budget() -> None:
     """Unknown keys, clashing factors and impossible sizes would be refused here."""
     known = studies()
     names = {"depth", "width", "data", "history", "gr_vs_dlrm", "ml1m_retrieval", "quickstart", "tuning"}
-    names |= {"retrieval_choices"}
+    names |= {"retrieval_choices", "generative", "generative_tuning", "stochastic_length"}
     assert set(known) == names
     for study in known.values():
         for budget in study.points:

@@ -1,7 +1,7 @@
 """The studies of how rows are cut and thinned: their trials resolve, and cost what they are compared at."""
 
 from collections import defaultdict
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 
@@ -48,7 +48,12 @@ def test_a_smaller_alpha_makes_a_pass_cheaper(sequences: Sequences) -> None:
         assert len(set(same)) == 1  # how events are chosen costs nothing
 
 
-@pytest.mark.parametrize("study", [generative.STUDY, generative_tuning.STUDY, stochastic_length.STUDY])
-def test_every_budget_resolves(study: Study, tmp_path: Path) -> None:
-    for budget in study.points:
-        assert study.trials(str(tmp_path), budget)
+def test_recipes_are_what_the_tuning_tried(sequences: Sequences) -> None:
+    """A rate that the grid has inside its ends, and the very trial of the study at the grid's budget."""
+    tried = [one.trial for one in generative_tuning.STUDY.trials(str(sequences.path), "small")]
+    assert all(rate in generative_tuning.LEARNING_RATES[1:-1] for rate in generative.RATES.values())
+    chosen = [one.trial for one in generative.STUDY.trials(str(sequences.path), "small")]
+    middle = [trial for trial in chosen if trial.train.steps == 1000]
+    assert len(middle) == 4
+    for trial in middle:
+        assert replace(trial, train=replace(trial.train, report_test=False)) in tried
