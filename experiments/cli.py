@@ -243,12 +243,12 @@ def compare(trials: Positional[tuple[Path, ...]]) -> None:
 
 
 def parity(files: Positional[tuple[Path, ...]] = ()) -> None:
-    """Hold the attention kernels against golden vectors; exit code 1 when one is past its tolerance.
+    """Hold attention, models and training against golden vectors; exit code 1 when one is past its tolerance.
 
     Args:
-        files: Golden files, attention_*.npz.
+        files: Golden files: attention_*.npz, retrieval_*.npz, ranking_*.npz, trajectory_*.npz.
     """
-    from experiments.parity import parity_command
+    from experiments.parity.command import parity_command
 
     sys.exit(parity_command(files))
 

@@ -16,7 +16,7 @@ class SASRecBlock(nnx.Module):
 
     Every map has a bias, no normalisation an affine part. Queries are normalised and so is what the residual carries;
     keys and values are not. Dropout falls on the attention weights and after each map of the feed-forward layer, all at
-    one rate, as published; rows longer than attention works on whole have none on the weights to draw, and refuse.
+    one rate, as published. Rows too long for a mask of weights (`softmax_attention`) are refused unless the rate is 0.
     """
 
     def __init__(self, width: int, heads: int, *, dropout: float, dtype: jnp.dtype, rngs: nnx.Rngs):

@@ -1,4 +1,4 @@
-"""``genrec parity``: passes on recorded vectors, fails on any changed number, and says what a bad file lacks."""
+"""``genrec parity`` on attention: passes on recorded vectors, fails on any changed number, says what a file lacks."""
 
 import json
 from pathlib import Path
@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import parity
 from experiments.cli import main
-from experiments.parity import Case, check
+from experiments.parity import command
+from experiments.parity.case import GRADIENT, LOSS_STEP, OUTPUT, Case, wanted
+from experiments.parity.command import check
 from kernels_pallas.hstu_attention import BACKENDS, hstu_attention
 
 RECORDED = sorted((Path(__file__).resolve().parents[3] / "shared" / "golden").glob("attention_*.npz"))
@@ -21,7 +22,7 @@ META = {"alpha": 0.4, "divisor": 9, "max_attn_len": 3, "contextual_seq_len": 2, 
 @pytest.fixture(autouse=True)
 def backends_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """The two that need no interpreter; `test_recorded_files_pass` runs them all."""
-    monkeypatch.setattr(parity, "BACKENDS", ("reference", "xla"))
+    monkeypatch.setattr(command, "BACKENDS", ("reference", "xla"))
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +103,7 @@ def test_a_backend_that_cannot_run_is_reported(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(BACKENDS, "elsewhere", "module_that_is_not_installed")
-    monkeypatch.setattr(parity, "BACKENDS", ("reference", "elsewhere"))
+    monkeypatch.setattr(command, "BACKENDS", ("reference", "elsewhere"))
     assert run(write(tmp_path, arrays)) == 0
     said = capsys.readouterr().out
     assert "elsewhere  " in said
@@ -110,21 +111,25 @@ def test_a_backend_that_cannot_run_is_reported(
     assert "elsewhere did not run on every file: No module named 'module_that_is_not_installed'" in said
 
 
-def test_tolerances_are_absolute_for_outputs_and_relative_for_gradients() -> None:
-    def case(output: float, gradient: float) -> Case:
-        return Case(lambda backend: {"a": np.array([output]), "b": np.array([gradient])}, {"a": ZERO}, {"b": 50 + ZERO})
+def test_each_rule_measures_in_its_own_way() -> None:
+    """Absolute for outputs; over the largest entry for gradients; over the number itself for losses."""
 
-    assert not check(Path("x"), case(1.9e-5, 50.0049), "reference").bad
-    assert [e.name for e in check(Path("x"), case(2.1e-5, 50.0049), "reference").bad] == ["a"]
-    assert [e.name for e in check(Path("x"), case(1.9e-5, 50.0051), "reference").bad] == ["b"]
+    def bad(output: float, gradient: float, loss: float) -> list[str]:
+        got = {"a": np.array([output]), "b": np.array([gradient, 0]), "c": np.array([loss, 8])}
+        outputs = wanted({"a": np.zeros(1)}, OUTPUT) | wanted({"c": np.array([2.0, 8.0])}, LOSS_STEP)
+        case = Case(lambda backend: got, outputs, wanted({"b": np.array([1.0, 50.0 - 50])}, GRADIENT))
+        return [error.name for error in check(Path("x"), case, "reference").bad]
 
-
-ZERO = np.zeros(1)
+    assert bad(1.9e-5, 1 + 0.99e-4, 2 + 1.9e-4) == []
+    assert bad(2.1e-5, 1, 2) == ["a"]
+    assert bad(0, 1 + 1.01e-4, 2) == ["b"]
+    assert bad(0, 1, 2 + 2.1e-4) == ["c"]
+    assert bad(np.nan, np.nan, np.nan) == ["a", "c", "b"]
 
 
 @pytest.mark.skipif(not RECORDED, reason="the recorded vectors are absent")
 def test_recorded_files_pass(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(parity, "BACKENDS", BACKENDS)
+    monkeypatch.setattr(command, "BACKENDS", BACKENDS)
     assert run(*RECORDED) == 0
     lines = capsys.readouterr().out.splitlines()
     for backend in BACKENDS:
@@ -188,8 +193,9 @@ def test_bad_files_are_one_sentence(
         assert capsys.readouterr().err == f"error: {file} is not a readable npz file\n"
     assert run(tmp_path / "attention_absent.npz") == 2
     assert "No such file" in capsys.readouterr().err
-    unknown = write(tmp_path, {"x": arrays["q"]}, "trajectory_hstu.npz")
+    unknown = write(tmp_path, {"x": arrays["q"]}, "unknown.npz")
     assert run(unknown) == 2
-    assert capsys.readouterr().err == f"error: {unknown} is no golden file of a known kind; there is: attention\n"
+    known = "attention, retrieval, ranking, trajectory"
+    assert capsys.readouterr().err == f"error: {unknown} is no golden file of a known kind; there is: {known}\n"
     assert run() == 2
     assert "name at least one golden file" in capsys.readouterr().err
