@@ -68,7 +68,7 @@ def abstract_model(file: Path, meta: dict[str, Any]) -> NextItemRetriever:
             raise UserError(f"{file}: meta's D ({size['D']}) must be a multiple of its heads ({size['heads']})")
         plain = SASRecConfig(**shared)
         return nnx.eval_shape(lambda: SASRec(plain, build, rngs=nnx.Rngs(0)))
-    heads = {"qk_width": fields.size(file, meta, "dqk"), "v_width": fields.size(file, meta, "dv")}
+    heads: dict[str, Any] = {"qk_width": fields.size(file, meta, "dqk"), "v_width": fields.size(file, meta, "dv")}
     config = HSTURetrievalConfig(**shared, **heads)
     return nnx.eval_shape(lambda: HSTURetrieval(config, build, rngs=nnx.Rngs(0)))
 
