@@ -68,8 +68,8 @@ def abstract_model(file: Path, meta: dict[str, Any]) -> NextItemRetriever:
             raise UserError(f"{file}: meta's D ({size['D']}) must be a multiple of its heads ({size['heads']})")
         plain = SASRecConfig(**shared)
         return nnx.eval_shape(lambda: SASRec(plain, build, rngs=nnx.Rngs(0)))
-    widths = fields.size(file, meta, "dqk"), fields.size(file, meta, "dv")
-    config = HSTURetrievalConfig(**shared, qk_width=widths[0], v_width=widths[1])
+    heads: dict[str, Any] = {"qk_width": fields.size(file, meta, "dqk"), "v_width": fields.size(file, meta, "dv")}
+    config = HSTURetrievalConfig(**shared, **heads)
     return nnx.eval_shape(lambda: HSTURetrieval(config, build, rngs=nnx.Rngs(0)))
 
 

@@ -79,6 +79,22 @@ def test_order_column_breaks_ties_before_file_order(tmp_path):
     assert imported(tmp_path, columns, order="pos").item.tolist() == [3, 2, 1]
 
 
+def test_ties_keep_the_order_of_the_lines_over_chunks_and_files(tmp_path):
+    """Thousands of ties against a stable sort; a quicksort of the same times, as the public HSTU code's, moves them."""
+    rng = np.random.default_rng(0)
+    user, time = rng.integers(1, 4, 6000), rng.integers(0, 3, 6000)
+    files = []
+    for part in np.split(np.arange(6000), [2500]):
+        files.append(tmp_path / f"{len(files)}.parquet")
+        pl.DataFrame({"u": user[part], "i": part, "t": time[part]}).write_parquet(files[-1])
+    data = import_log(files, parse_mapping(**PLAIN), tmp_path / "out", quiet=True, chunk_rows=700)
+    owners = keys(data, "users")
+    stable = sorted(range(6000), key=lambda event: (owners.index(user[event]), time[event]))
+    assert np.array_equal(np.asarray(keys(data, "items"))[data.item - 1], stable)
+    own = np.flatnonzero(user == owners[0])
+    assert not np.array_equal(own[np.argsort(time[own])], stable[: len(own)])
+
+
 def test_integer_keys_stay_integers_and_text_keys_stay_text(tmp_path):
     data = imported(tmp_path, {"u": ["7", "8"], "i": [-3, 2**40], "t": [0, 0]})
     assert keys(data, "users") == ["7", "8"]
