@@ -198,6 +198,43 @@ def compare(trials: Positional[tuple[Path, ...]]) -> None:
     compare_command(trials)
 
 
+def score(
+    model: Positional[Path],
+    *,
+    requests: Path,
+    out: Path | None = None,
+    skip_bad: bool = False,
+    microbatch: int = 256,
+    cache_mib: int = 1024,
+    cache_type: Literal["float32", "bfloat16", "int8"] = "float32",
+    quiet: bool = False,
+) -> None:
+    """Score the candidates of requests with a trained HSTU or DirL ranker (docs/serving.md has the format).
+
+    Args:
+        model: Folder of a finished ranking trial.
+        requests: JSONL or parquet file, one request per row.
+        out: JSONL or parquet file of scores (default: JSON lines on stdout).
+        skip_bad: Skip and count rows that cannot be scored, instead of stopping at the first.
+        microbatch: Candidates scored at once.
+        cache_mib: MiB of users' histories kept between requests.
+        cache_type: What keys and values are kept in.
+        quiet: No progress bar.
+    """
+    from experiments.score import score_command
+
+    score_command(
+        model,
+        requests,
+        out,
+        skip_bad=skip_bad,
+        quiet=quiet,
+        microbatch=microbatch,
+        cache_mib=cache_mib,
+        cache_type=cache_type,
+    )
+
+
 def parity(files: Positional[tuple[Path, ...]] = ()) -> None:
     """Hold the attention kernels against golden vectors; exit code 1 when one is past its tolerance.
 
@@ -228,6 +265,7 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
     "fit": fit,
     "report": report,
     "compare": compare,
+    "score": score,
     "parity": parity,
     "bench": bench,
 }

@@ -36,13 +36,14 @@ class Entry:
 class UserCache:
     """Entries by user, never more than ``budget`` bytes of them together.
 
-    Room is made by dropping the keys and values of the users least recently used (their events stay, a thousandth of
-    the bytes, so that a later increment can be encoded anew), and once no keys are left, their events too.
+    Room is made by dropping the keys and values of the users least recently used. Their events, a thousandth of the
+    bytes, stay for a while, so that a later increment can be encoded anew: in at most an eighth of the budget.
     """
 
     def __init__(self, budget: int):
         self.budget = budget
         self.nbytes = 0
+        self._cold_bytes = 0
         self._warm: OrderedDict[Hashable, Entry] = OrderedDict()  # with layers, least recently used first
         self._cold: OrderedDict[Hashable, Entry] = OrderedDict()  # events alone
 
@@ -57,10 +58,10 @@ class UserCache:
         return self._warm.get(user) or self._cold.get(user)
 
     def pop(self, user: Hashable) -> Entry | None:
-        entry = self._warm.pop(user, None) or self._cold.pop(user, None)
-        if entry is not None:
-            self.nbytes -= entry.nbytes
-        return entry
+        for entries in (self._warm, self._cold):
+            if user in entries:
+                return self._take(entries, user)
+        return None
 
     def put(self, user: Hashable, entry: Entry) -> None:
         """Keeps what fits of the entry, as the most recently used one, in place of what there was of the user."""
@@ -70,15 +71,25 @@ class UserCache:
         if entry.nbytes > self.budget:
             return
         self._make_room(entry.nbytes)
-        (self._cold if entry.layers is None else self._warm)[user] = entry
-        self.nbytes += entry.nbytes
+        self._add(user, entry)
 
     def _make_room(self, needed: int) -> None:
         while self._warm and self.nbytes + needed > self.budget:
-            user, entry = self._warm.popitem(last=False)
-            bare = entry.without_layers()
-            self._cold[user] = bare
-            self.nbytes += bare.nbytes - entry.nbytes
+            user = next(iter(self._warm))
+            self._add(user, self._take(self._warm, user).without_layers())
+            while self._cold_bytes > self.budget // 8:
+                self._take(self._cold, next(iter(self._cold)))
         while self.nbytes + needed > self.budget:
-            _, entry = self._cold.popitem(last=False)
-            self.nbytes -= entry.nbytes
+            self._take(self._cold, next(iter(self._cold)))
+
+    def _add(self, user: Hashable, entry: Entry) -> None:
+        cold = entry.layers is None
+        (self._cold if cold else self._warm)[user] = entry
+        self.nbytes += entry.nbytes
+        self._cold_bytes += cold * entry.nbytes
+
+    def _take(self, entries: OrderedDict[Hashable, Entry], user: Hashable) -> Entry:
+        entry = entries.pop(user)
+        self.nbytes -= entry.nbytes
+        self._cold_bytes -= (entry.layers is None) * entry.nbytes
+        return entry

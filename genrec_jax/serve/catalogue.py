@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from reprlib import repr  # a message stays a line, however long the value
 from typing import Any
 
 import numpy as np
@@ -44,13 +45,13 @@ class Catalogue:
     def item(self, key: Any) -> int:
         """Dense id of an item. Raises UserError for an unknown one."""
         if not isinstance(key, int | str) or isinstance(key, bool):
-            raise UserError(f"item {key!r} is neither a whole number nor a text")
+            raise UserError(f"item {repr(key)} is neither a whole number nor a text")
         if self.items is None:
             found = key if isinstance(key, int) and 0 < key < self.schema.items else None
         else:
             found = self.items.get(str(key))
         if found is None:
-            raise UserError(f"item {key!r} is not in the catalogue the model was trained on")
+            raise UserError(f"item {repr(key)} is not in the catalogue the model was trained on")
         return found
 
     def item_features(self, items: np.ndarray) -> dict[str, np.ndarray]:
@@ -71,14 +72,14 @@ class Catalogue:
     def _category(self, feature: Feature, key: Any) -> int:
         known = self.categories.get(feature.name)
         if not isinstance(key, int | str):
-            raise UserError(f"context feature {feature.name!r} is {key!r}, neither a whole number nor a text")
+            raise UserError(f"context feature {feature.name!r} is {repr(key)}, neither a whole number nor a text")
         if known is None:
             found = key if type(key) is int and 0 <= key < feature.vocab else None
         else:
             # As in an imported log, where booleans are categories too.
             found = known.get(str(key).lower() if isinstance(key, bool) else str(key))
         if found is None:
-            raise UserError(f"context feature {feature.name!r} has no category {key!r} (null says that it is unknown)")
+            raise UserError(f"context feature {feature.name!r} has no category {repr(key)} (null: unknown)")
         return found
 
 

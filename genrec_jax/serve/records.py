@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from reprlib import repr  # a message stays a line, however long the value
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -81,9 +82,6 @@ def decode(record: Any, catalogue: Catalogue) -> Request:
     for key in ("time", "candidates"):
         if key not in record:
             raise UserError(f"the request has no {key!r}")
-    user = record.get("user")
-    if user is not None and (isinstance(user, bool) or not isinstance(user, int | str)):
-        raise UserError(f"user {user!r} is neither a whole number nor a text")
     candidates = np.array([catalogue.item(key) for key in _list(record, "candidates")], np.int32)
     append = "append" in record
     return Request(
@@ -93,8 +91,19 @@ def decode(record: Any, catalogue: Catalogue) -> Request:
         context=_context(record.get("context", {}), catalogue),
         events=_events(_list(record, "append" if append else "history"), catalogue),
         append=append,
-        user=None if user is None else str(user),
+        user=_key(record["user"], "user") if "user" in record else None,
     )
+
+
+def _key(value: Any, what: str) -> str:
+    """An original id as text; 7 equals "7"."""
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise UserError(f"{what} {repr(value)} is neither a whole number nor a text")
+    try:
+        str(value).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{what} {repr(value)} is no valid text") from None
+    return str(value)
 
 
 def _fields(record: Any, known: tuple[str, ...], whose: str) -> dict[str, Any]:
@@ -103,7 +112,7 @@ def _fields(record: Any, known: tuple[str, ...], whose: str) -> dict[str, Any]:
         raise UserError(f"{whose} is not an object with keys")
     for key in record:
         if key not in known:
-            raise UserError(f"{whose} has an unknown key {key!r} (known: {', '.join(known)})")
+            raise UserError(f"{whose} has an unknown key {repr(key)} (known: {', '.join(known)})")
     return {key: value for key, value in record.items() if value is not None}
 
 
@@ -116,7 +125,7 @@ def _list(record: Mapping[str, Any], key: str) -> list[Any]:
 def _time(value: Any, catalogue: Catalogue, whose: str) -> int:
     """Dataset seconds of a time in Unix seconds."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise UserError(f"{whose} is {value!r}, not a whole number of Unix seconds")
+        raise UserError(f"{whose} is {repr(value)}, not a whole number of Unix seconds")
     if not 0 <= value - catalogue.origin <= _LAST_SECOND:
         low, high = catalogue.origin, catalogue.origin + _LAST_SECOND
         raise UserError(
@@ -159,8 +168,8 @@ def _labels(record: Any, tasks: tuple[str, ...], event: str) -> list[int]:
     for task in tasks:
         if task not in given:
             raise UserError(f"{event} has no label {task!r}; the tasks are {', '.join(tasks)}")
-        if not isinstance(given[task], int) or given[task] not in (0, 1):
-            raise UserError(f"{event}: label {task!r} is {given[task]!r}, neither 0 nor 1")
+        if given[task] not in (0, 1):
+            raise UserError(f"{event}: label {task!r} is {repr(given[task])}, neither 0 nor 1")
     return [int(given[task]) for task in tasks]
 
 
@@ -168,7 +177,5 @@ def _request_number(key: Any, event: str) -> int:
     """A number for a request id: the same in every process, so that a restart changes nothing."""
     if key is None:
         return ALONE
-    if isinstance(key, bool) or not isinstance(key, int | str):
-        raise UserError(f"{event}: its request {key!r} is neither a whole number nor a text")
-    digest = hashlib.blake2b(str(key).encode(errors="surrogatepass"), digest_size=8).digest()
+    digest = hashlib.blake2b(_key(key, f"{event}: request").encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big", signed=True) or 1
