@@ -34,9 +34,9 @@ def score_command(
     *,
     skip_bad: bool,
     quiet: bool,
-    microbatch: int,
+    microbatch: int | None,
     cache_mib: int,
-    cache_type: CacheType,
+    cache_type: CacheType | None,
 ) -> None:
     """Scores every request of a file in order. Without ``out`` the scores go to stdout, as JSON lines.
 
@@ -46,10 +46,11 @@ def score_command(
     rows = read_rows(requests)
     if out is not None and out.suffix not in SUFFIXES:
         raise UserError(f"--out {out} must end in {' or '.join(SUFFIXES)}")
-    if microbatch < 1 or cache_mib < 0:
-        raise UserError("--microbatch must be positive and --cache-mib not negative")
+    if cache_mib < 0:
+        raise UserError("--cache-mib must not be negative")
     enable_compilation_cache()
-    scorer = Scorer.from_trial(model, microbatch=microbatch, cache_bytes=cache_mib << 20, cache_type=cache_type)
+    options = {"microbatch": microbatch, "cache_type": cache_type}
+    scorer = _scorer(model, {key: value for key, value in options.items() if value is not None}, cache_mib << 20)
     bad = 0
     with _writer(out, scorer.schema.tasks) as writer, _progress(quiet or out is None) as advance:
 
@@ -66,6 +67,22 @@ def score_command(
             writer.add(number, request, scores)
     if bad:
         print(f"skipped {bad:,} bad rows of {requests}", file=sys.stderr)
+
+
+def _scorer(model: Path, options: dict[str, Any], cache_bytes: int) -> Scorer:
+    if not model.is_file():
+        return Scorer.from_trial(model, cache_bytes=cache_bytes, **options)
+    if options:
+        flag = next(iter(options)).replace("_", "-")
+        raise UserError(f"--{flag} was decided when {model} was exported; leave it out")
+    return Scorer.load(model, cache_bytes=cache_bytes)
+
+
+def export_command(trial: Path, out: Path, microbatch: int, cache_type: CacheType) -> None:
+    """Writes the trial's scorer as one file."""
+    scorer = Scorer.from_trial(trial, microbatch=microbatch, cache_type=cache_type)
+    with Console(stderr=True).status("lowering"):
+        scorer.export(out)
 
 
 def _scored(scorer: Scorer, rows: Iterator[Row], fault: Any, advance: Any) -> Iterator[Scored]:

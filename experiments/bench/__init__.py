@@ -55,12 +55,19 @@ def _attention(data: Path | None) -> Iterator[str]:
     return run(Found())
 
 
+def _serving(data: Path | None) -> Iterator[str]:
+    from experiments.bench.serving import run
+
+    return run()
+
+
 _BENCHMARKS: dict[str, Callable[[Path | None], Iterable[str]]] = {
     "retrieval": _retrieval,
     "import": _import,
     "pipeline": _pipeline,
     "overhead": _overhead,
     "attention": _attention,
+    "serving": _serving,
 }
 
 

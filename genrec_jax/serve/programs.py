@@ -38,27 +38,30 @@ def hstu_blocks(model: SequenceRanker) -> list[HSTUBlock]:
 
 
 class Programs:
-    """The functions of one model, compiled once for each shape they meet; parameters are an argument.
-
-    ``shapes`` says what a caller may ask: capacities of events, events encoded at once, candidates and requests scored
-    at once.
-    """
+    """The functions of one model, compiled once for each shape they meet; parameters are an argument."""
 
     def __init__(self, model: SequenceRanker, kind: CacheType):
         self.model, self.kind = model, kind
         self.extend = jax.jit(functools.partial(extend, model, kind), static_argnames="chunk", donate_argnums=1)
         self.score = jax.jit(functools.partial(score, model))
 
+    @property
+    def widths(self) -> list[tuple[int, int, int]]:
+        """Of each block: heads, and the widths of one head's keys and values."""
+        return [(b.heads, b.keys // b.heads, b.values // b.heads) for b in hstu_blocks(self.model)]
+
     def empty(self, capacity: int) -> Layers:
         """Layers that hold nothing yet."""
-        slots = prefix_tokens(self.model, capacity)
+        return empty_layers(self.widths, prefix_tokens(self.model, capacity), self.kind)
 
-        def part(heads: int, width: int) -> Kept:
-            return keep(jnp.zeros((1, slots, heads, width), jnp.float32), self.kind)
 
-        return tuple(
-            (part(b.heads, b.keys // b.heads), part(b.heads, b.values // b.heads)) for b in hstu_blocks(self.model)
-        )
+def empty_layers(widths: Sequence[tuple[int, int, int]], slots: int, kind: CacheType) -> Layers:
+    """Layers of P = ``slots`` tokens that hold nothing yet; ``widths`` as in `Programs`."""
+
+    def part(heads: int, width: int) -> Kept:
+        return keep(jnp.zeros((1, slots, heads, width), jnp.float32), kind)
+
+    return tuple((part(heads, keys), part(heads, values)) for heads, keys, values in widths)
 
 
 def extend(

@@ -54,10 +54,13 @@ class Shapes:
     def capacity(self, events: int) -> int:
         return next(size for size in self.capacities if size >= events)
 
+    def chunks(self, capacity: int) -> list[int]:
+        return [size for size in CHUNKS if size <= capacity] or [capacity]
+
     def chunk(self, events: int, capacity: int) -> int:
         """How many events to encode next, of so many that are left: the smallest chunk that holds them, or the
         largest there is."""
-        sizes = [size for size in CHUNKS if size <= capacity] or [capacity]
+        sizes = self.chunks(capacity)
         return next((size for size in sizes if size >= events), sizes[-1])
 
     def tokens(self, events: int) -> int:
@@ -103,7 +106,7 @@ class Scorer:
         self.schema, self.shapes = schema, shapes
         self.cache = UserCache(cache_bytes)
         self.catalogue = catalogue
-        self._compiled, self._params = compiled, params
+        self.compiled, self.params = compiled, params
 
     @classmethod
     def of(
@@ -114,20 +117,23 @@ class Scorer:
         history: int,
         *,
         microbatch: int = 256,
-        lanes: int = 8,
+        lanes: int | None = None,
         cache_type: CacheType = "float32",
         cache_bytes: int = GIB,
         catalogue: Catalogue | None = None,
     ) -> Self:
         """Of a model, abstract or not, and its parameters as a pure tree; ``history`` is the N it was built for.
 
-        cache_type: what keys and values are kept in; int8 has one scale per token and head. Raises UserError for a
+        lanes: requests scored in one call. None: 8, but 1 on a CPU, where laying long histories side by side costs more
+        than the calls it saves. cache_type: what keys and values are kept in; int8 has one scale per token and head. Raises UserError for a
         model whose blocks are not HSTU's.
         """
         if not isinstance(model, SequenceRanker) or len(hstu_blocks(model)) < len(model.stack.blocks):
             raise UserError(
                 f"{type(model).__name__} cannot be served: only HSTU and DirL rankers have cached attention"
             )
+        if lanes is None:
+            lanes = 1 if jax.default_backend() == "cpu" else 8
         if min(microbatch, lanes) < 1:
             raise UserError("a scorer needs a microbatch and lanes of at least 1")
         layout = model.layout
@@ -142,6 +148,23 @@ class Scorer:
         sequences, model, params = restored(trial, folder)
         catalogue = Catalogue.of(sequences)
         return cls.of(model, params, sequences.schema, trial.data.history, catalogue=catalogue, **options)
+
+    def export(self, path: Path) -> None:
+        """Writes parameters, compiled functions of every size, and the catalogue as one file that :meth:`load` reads.
+
+        From a CPU the functions are lowered for CPU, CUDA and TPU alike, without Pallas kernels; from another machine
+        for its own platform.
+        """
+        from genrec_jax.serve.export import export
+
+        export(self, path)
+
+    @classmethod
+    def load(cls, path: Path, *, cache_bytes: int = GIB) -> Self:
+        """Of an exported file; needs nothing of the model's code. Raises UserError if it cannot be read."""
+        from genrec_jax.serve.export import load
+
+        return cls(**load(path), cache_bytes=cache_bytes)
 
     def score(self, request: Request) -> np.ndarray:
         """Probabilities [C, A] float32 of the tasks, for each candidate."""
@@ -205,7 +228,7 @@ class Scorer:
         """The entry with its events' keys and values, ``chunk`` by chunk."""
         layers, tokens, n = entry.layers, entry.tokens, len(entry.events)
         if layers is None:
-            layers = self._compiled.empty(entry.capacity)
+            layers = self.compiled.empty(entry.capacity)
         batch = None
         while tokens < self.shapes.tokens(n):
             if batch is None:
@@ -214,7 +237,7 @@ class Scorer:
                 batch = rows(self.schema, [(asked, entry.events)], entry.capacity, slice(0, 1), 1, 1)
             encoded = max(tokens - self.shapes.context, 0) // self.shapes.tokens_per_event
             chunk = self.shapes.chunk(n - encoded, entry.capacity)
-            layers = self._compiled.extend(self._params, layers, batch, np.int32(tokens), chunk=chunk)
+            layers = self.compiled.extend(self.params, layers, batch, np.int32(tokens), chunk=chunk)
             tokens = self.shapes.tokens(min(n, encoded + chunk))
         return dataclasses.replace(entry, layers=layers, tokens=tokens)
 
@@ -232,7 +255,7 @@ class Scorer:
                 layers += [layers[-1]] * (lanes - len(asked))
                 known = [(group[i][0], group[i][1].events) for i in asked]
                 batch = rows(self.schema, known, capacity, part, size, lanes)
-                logits = np.asarray(self._compiled.score(self._params, tuple(layers), batch))
+                logits = np.asarray(self.compiled.score(self.params, tuple(layers), batch))
                 for row, i in enumerate(asked):
                     found = out[i][part]
                     found[:] = logits[row, : len(found)]

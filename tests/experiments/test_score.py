@@ -212,6 +212,22 @@ def test_bad_rows_stop_or_are_skipped_and_counted(
     assert [line["scores"] for line in lines] == [line["scores"] for line in alone]
 
 
+def test_an_exported_trial_scores_alike(data: Sequences, runs: Path, tmp_path: Path, capsys: Any) -> None:
+    requests = write(tmp_path / "in.jsonl", [record for record, _ in impressions(data)][:4])
+    main(["export", str(runs / "dirl"), "--out", str(tmp_path / "scorer"), "--microbatch", "4"])
+    main(
+        ["score", str(tmp_path / "scorer"), "--requests", str(requests), "--out", str(tmp_path / "a.jsonl"), "--quiet"]
+    )
+    for one, other in zip(
+        score(runs / "dirl", requests, tmp_path / "b.jsonl"), read(tmp_path / "a.jsonl"), strict=True
+    ):
+        np.testing.assert_allclose(one["scores"]["click"], other["scores"]["click"], rtol=0, atol=1e-6)
+    capsys.readouterr()
+    said = fails(capsys, tmp_path / "scorer", "--requests", requests, "--cache-type", "int8")
+    assert "--cache-type was decided when" in said
+    assert "no exported scorer" in fails(capsys, requests, "--requests", requests)
+
+
 def test_without_out_scores_go_to_stdout(
     data: Sequences, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -228,7 +244,7 @@ def test_bad_arguments_are_one_sentence(runs: Path, tmp_path: Path, capsys: pyte
         ([tmp_path, "--requests", requests], "holds no trial"),
         ([runs / "hstu", "--requests", tmp_path / "none.jsonl"], "none.jsonl does not exist"),
         ([runs / "hstu", "--requests", requests, "--out", tmp_path / "out.csv"], "must end in"),
-        ([runs / "hstu", "--requests", requests, "--microbatch", 0], "--microbatch"),
+        ([runs / "hstu", "--requests", requests, "--microbatch", 0], "microbatch"),
         ([runs / "hstu", "--requests", requests, "--cache-type", "int4"], "int4"),
     ):
         assert words in fails(capsys, *more)

@@ -188,7 +188,7 @@ def test_nothing_compiles_anew():
     requests = requests_of(batch())
     scorer.logits(requests)
     scorer.logits(requests[:1])
-    compiled = scorer._compiled
+    compiled = scorer.compiled
     sizes = compiled.score._cache_size(), compiled.extend._cache_size()
     for length, count in ((5, 2), (19, 7), (31, 1)):
         request = picked(requests[0], slice(0, count))
