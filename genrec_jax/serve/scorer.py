@@ -125,8 +125,8 @@ class Scorer:
         """Of a model, abstract or not, and its parameters as a pure tree; ``history`` is the N it was built for.
 
         lanes: requests scored in one call. None: 8, but 1 on a CPU, where laying long histories side by side costs more
-        than the calls it saves. cache_type: what keys and values are kept in; int8 has one scale per token and head. Raises UserError for a
-        model whose blocks are not HSTU's.
+        than the calls it saves. cache_type: what keys and values are kept in; int8 has one scale per token and head.
+        Raises UserError for a model whose blocks are not HSTU's.
         """
         if not isinstance(model, SequenceRanker) or len(hstu_blocks(model)) < len(model.stack.blocks):
             raise UserError(
