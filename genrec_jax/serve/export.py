@@ -73,7 +73,7 @@ def _functions(scorer: "Scorer", programs: Programs) -> list[_Function]:
         def batch(slots: int, lanes: int, capacity: int = capacity) -> Batch:
             return rows(scorer.schema, [], capacity, slice(0), slots, lanes)
 
-        for chunk in shapes.chunks(capacity):
+        for chunk in shapes.chunks_within(capacity):
             extend = functools.partial(programs.extend, chunk=chunk)
             found.append((_extend_name(capacity, chunk), extend, (scorer.params, layers, batch(1, 1), np.int32(0))))
         for lanes in {1, shapes.lanes}:
@@ -145,7 +145,7 @@ def load(path: Path) -> dict[str, Any]:
             raise UserError(
                 f"{path} has format {record['format']}; this version reads format {FORMAT}: export it again"
             )
-        shapes = Shapes(**record["shapes"])
+        shapes = Shapes(**record["shapes"] | {"chunks": tuple(record["shapes"]["chunks"])})
         widths = [tuple(each) for each in record["widths"]]
         schema = Schema.from_json(record["schema"])
         parameters = _arrays(archive.read("parameters.npz"))

@@ -23,8 +23,6 @@ from genrec_jax.serve.events import Events, Request, feature_shape, rows
 from genrec_jax.serve.programs import CacheType, Layers, Programs, hstu_blocks
 from genrec_jax.train.loop import restored
 
-SMALLEST_CAPACITY = 32  # events
-CHUNKS = (8, 64, 512)  # events encoded at once
 GIB = 1 << 30
 
 
@@ -33,7 +31,7 @@ class Shapes:
     """The static sizes of the compiled functions; a request is padded to them, so that none compiles anew.
 
     history: N, the events that count. microbatch: b_m, candidates scored at once. lanes: requests scored at once.
-    tokens_per_event, context: of the model's layout.
+    tokens_per_event, context: of the model's layout. smallest: capacity, in events. chunks: events encoded at once.
     """
 
     history: int
@@ -41,11 +39,13 @@ class Shapes:
     lanes: int
     tokens_per_event: int
     context: int
+    smallest: int = 32
+    chunks: tuple[int, ...] = (8, 64, 512)
 
     @property
     def capacities(self) -> tuple[int, ...]:
-        """Powers of two from 32 on, and N."""
-        sizes, size = [], SMALLEST_CAPACITY
+        """The smallest one doubled again and again, and N."""
+        sizes, size = [], self.smallest
         while size < self.history:
             sizes.append(size)
             size *= 2
@@ -54,13 +54,13 @@ class Shapes:
     def capacity(self, events: int) -> int:
         return next(size for size in self.capacities if size >= events)
 
-    def chunks(self, capacity: int) -> list[int]:
-        return [size for size in CHUNKS if size <= capacity] or [capacity]
+    def chunks_within(self, capacity: int) -> list[int]:
+        return [size for size in self.chunks if size <= capacity] or [capacity]
 
     def chunk(self, events: int, capacity: int) -> int:
         """How many events to encode next, of so many that are left: the smallest chunk that holds them, or the
         largest there is."""
-        sizes = self.chunks(capacity)
+        sizes = self.chunks_within(capacity)
         return next((size for size in sizes if size >= events), sizes[-1])
 
     def tokens(self, events: int) -> int:

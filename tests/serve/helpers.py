@@ -2,7 +2,6 @@
 
 import functools
 
-import jax
 import numpy as np
 from flax import nnx
 
@@ -12,7 +11,7 @@ from genrec_jax.serve.programs import Programs
 from genrec_jax.serve.scorer import Shapes
 from tests.models.gr_helpers import RANKERS, SCHEMA, initialised, jit
 
-HISTORY = 40  # a second capacity beside the smallest, 32
+HISTORY = 40
 
 
 @functools.cache
@@ -30,9 +29,10 @@ def programs_of(name, kind):
     return Programs(model_of(name)[0], kind)
 
 
-def scorer_of(name, *, kind="float32", microbatch=4, lanes=3, cache_bytes=1 << 24):
+def scorer_of(name, *, kind="float32", microbatch=4, lanes=3, cache_bytes=1 << 24, smallest=HISTORY):
+    """One capacity, unless ``smallest`` is less: fewer programs to compile."""
     model, params, _ = model_of(name)
-    shapes = Shapes(HISTORY, microbatch, lanes, model.layout.per_event, model.layout.context)
+    shapes = Shapes(HISTORY, microbatch, lanes, model.layout.per_event, model.layout.context, smallest)
     return Scorer(programs_of(name, kind), params, SCHEMA, shapes, cache_bytes=cache_bytes)
 
 
@@ -64,7 +64,3 @@ def requests_of(batch, shown_together=None):
                 )
             )
     return found
-
-
-def tree_bytes(tree):
-    return sum(x.nbytes for x in jax.tree.leaves(tree))

@@ -10,7 +10,7 @@ import pytest
 from jax import export as jax_export
 
 from genrec_jax.errors import UserError
-from genrec_jax.serve import Scorer, scorer
+from genrec_jax.serve import Scorer
 from genrec_jax.serve.catalogue import Catalogue
 from genrec_jax.serve.programs import Programs
 from genrec_jax.serve.scorer import Shapes
@@ -19,21 +19,13 @@ from tests.serve.helpers import HISTORY, model_of, requests_of
 from tests.serve.test_scorer import SHAPE, TOLERANCE, part
 
 
-@pytest.fixture(autouse=True)
-def few_programs(monkeypatch):
-    """One capacity and one chunk: three programs."""
-    monkeypatch.setattr(scorer, "SMALLEST_CAPACITY", HISTORY)
-    monkeypatch.setattr(scorer, "CHUNKS", (16,))
-
-
-@pytest.mark.parametrize(("name", "kind"), [("hstu", "float32"), ("dirl", "int8")])
-def test_read_back_it_scores_alike(name, kind, tmp_path: Path):
+def test_read_back_it_scores_alike(tmp_path: Path):
     """Encoding in several chunks, an increment, single and shared calls; the catalogue comes along."""
-    model, params, _ = model_of(name)
-    shapes = Shapes(HISTORY, 4, 2, model.layout.per_event, model.layout.context)
+    model, params, _ = model_of("hstu")
+    shapes = Shapes(HISTORY, 4, 2, model.layout.per_event, model.layout.context, smallest=HISTORY, chunks=(16,))
     table = {f.name: np.ones((40, f.width) if f.width > 1 else 40, np.int32) for f in SCHEMA.item_features}
     catalogue = Catalogue(SCHEMA, 5, table, items={"a": 1}, categories={"age": {"x": 2}})
-    live = Scorer(Programs(model, kind), params, SCHEMA, shapes, catalogue=catalogue)
+    live = Scorer(Programs(model, "int8"), params, SCHEMA, shapes, catalogue=catalogue)
     live.export(tmp_path / "scorer")
     loaded = Scorer.load(tmp_path / "scorer")
     assert loaded.shapes == shapes
