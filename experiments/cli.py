@@ -242,6 +242,63 @@ def compare(trials: Positional[tuple[Path, ...]]) -> None:
     compare_command(trials)
 
 
+def score(
+    model: Positional[Path],
+    *,
+    requests: Path,
+    out: Path | None = None,
+    skip_bad: bool = False,
+    microbatch: int | None = None,
+    cache_mib: int = 1024,
+    cache_type: Literal["float32", "bfloat16", "int8"] | None = None,
+    quiet: bool = False,
+) -> None:
+    """Score the candidates of requests with a trained HSTU or DirL ranker (docs/serving.md has the format).
+
+    Args:
+        model: Folder of a ranking trial, or a file that `genrec export` wrote.
+        requests: JSONL or parquet file, one request per row.
+        out: JSONL or parquet file of scores (default: JSON lines on stdout).
+        skip_bad: Skip and count rows that cannot be scored, instead of stopping at the first.
+        microbatch: Candidates scored at once (default: 256).
+        cache_mib: MiB of users' histories kept between requests.
+        cache_type: What keys and values are kept in (default: float32).
+        quiet: No progress bar.
+    """
+    from experiments.score import score_command
+
+    score_command(
+        model,
+        requests,
+        out,
+        skip_bad=skip_bad,
+        quiet=quiet,
+        microbatch=microbatch,
+        cache_mib=cache_mib,
+        cache_type=cache_type,
+    )
+
+
+def export(
+    trial: Positional[Path],
+    *,
+    out: Path,
+    microbatch: int = 256,
+    cache_type: Literal["float32", "bfloat16", "int8"] = "float32",
+) -> None:
+    """Write a trained HSTU or DirL ranker as one file of compiled functions, which `genrec score` reads.
+
+    Args:
+        trial: Folder of a ranking trial.
+        out: File to write.
+        microbatch: Candidates scored at once.
+        cache_type: What keys and values are kept in.
+    """
+    from experiments.score import export_command
+
+    export_command(trial, out, microbatch, cache_type)
+
+
 def parity(files: Positional[tuple[Path, ...]] = ()) -> None:
     """Hold attention, models and training against golden vectors; exit code 1 when one is past its tolerance.
 
@@ -286,6 +343,8 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
     "recipe": recipe,
     "results": results,
     "compare": compare,
+    "score": score,
+    "export": export,
     "parity": parity,
     "sparsity": sparsity,
     "bench": bench,

@@ -78,6 +78,12 @@ def _thinning(data: Path | None) -> list[str]:
     ]
 
 
+def _serving(data: Path | None) -> Iterator[str]:
+    from experiments.bench.serving import run
+
+    return run()
+
+
 _BENCHMARKS: dict[str, Callable[[Path | None], Iterable[str]]] = {
     "retrieval": _retrieval,
     "evaluation": _evaluation,
@@ -86,6 +92,7 @@ _BENCHMARKS: dict[str, Callable[[Path | None], Iterable[str]]] = {
     "overhead": _overhead,
     "attention": _attention,
     "thinning": _thinning,
+    "serving": _serving,
 }
 
 

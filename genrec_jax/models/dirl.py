@@ -8,12 +8,11 @@ from flax import nnx
 
 from genrec_jax.batch import Batch, Shape
 from genrec_jax.errors import UserError
-from genrec_jax.layouts import CONTEXT_HISTORY_CANDIDATES as LAYOUT
-from genrec_jax.layouts import join, split
+from genrec_jax.layouts import CONTEXT_HISTORY_CANDIDATES
 from genrec_jax.models import registry
-from genrec_jax.models.base import Build, Ranker
-from genrec_jax.models.sequence import Mixer, SequenceConfig, ranking_stack
-from genrec_jax.nn.basic import MLP, LayerNorm, dropout
+from genrec_jax.models.base import Build
+from genrec_jax.models.sequence import Mixer, SequenceConfig, SequenceRanker, ranking_stack
+from genrec_jax.nn.basic import MLP, LayerNorm
 from genrec_jax.nn.cost import Cost, total
 from genrec_jax.nn.experts import CGC
 from genrec_jax.nn.features import request_feature_count, request_features, request_features_cost
@@ -35,7 +34,7 @@ class DirLConfig(SequenceConfig):
             raise UserError("model.experts and model.expert_width must be positive")
 
 
-class CandidateRanker(Ranker):
+class CandidateRanker(SequenceRanker):
     """X = [u | x_1 .. x_N | c_1 .. c_K];  z_k = LN(stack(X)_{c_k});  logits = CGC(z_k), N shared + 1 expert per task.
 
     u = MLP_u(context features); x_t = item + action; c = item + MLP_c(item, cross features): the numeric user-item
@@ -44,6 +43,8 @@ class CandidateRanker(Ranker):
     K candidates in one row score exactly as K rows of one (they are invisible to each other). Loss on candidates only.
     """
 
+    layout = CONTEXT_HISTORY_CANDIDATES
+
     def __init__(self, config: DirLConfig, build: Build, *, mixer: Mixer, rngs: nnx.Rngs):
         schema, dtype, width = build.schema, build.dtype, config.width
         self.schema = schema
@@ -51,7 +52,7 @@ class CandidateRanker(Ranker):
         self.items = ItemEncoder(schema, width, dtype=dtype, rngs=rngs)
         self.actions = ActionEncoder(len(schema.tasks), width, dtype=dtype, rngs=rngs)
         self.cross = MLP(width + request_feature_count(schema), [width, width], dtype=dtype, rngs=rngs)
-        self.stack = ranking_stack(config, mixer, LAYOUT.longest(build.shape.history), dtype, rngs)
+        self.stack = ranking_stack(config, mixer, self.layout.longest(build.shape.history), dtype, rngs)
         self.norm = LayerNorm(width, dtype=dtype, rngs=rngs)
         self.head = CGC(
             width,
@@ -67,23 +68,20 @@ class CandidateRanker(Ranker):
         self.dropout = config.dropout
 
     def __call__(self, batch: Batch) -> jax.Array:
-        return self._logits(batch, None)
+        return self.logits(self.states(batch, None)[1])
 
     def loss(self, batch: Batch, rngs: nnx.Rngs) -> tuple[jax.Array, jax.Array]:
         candidates = batch.candidates
-        return bce(self._logits(batch, rngs), candidates.labels, candidates.segment > 0)
+        return bce(self.logits(self.states(batch, rngs)[1]), candidates.labels, candidates.segment > 0)
 
-    def _logits(self, batch: Batch, rngs: nnx.Rngs | None) -> jax.Array:
-        history, segments = batch.history, batch.user.shape[1]
+    def logits(self, states: jax.Array) -> jax.Array:
+        return self.head(self.norm(states))
+
+    def prefix(self, batch: Batch) -> tuple[jax.Array, list[jax.Array]]:
         context = self.context(batch.context.features, batch.user.shape)
-        events = [self.items(history) + self.actions(history.labels)]
-        x = dropout(join(context, events, self._candidates(batch)), self.dropout, rngs)
-        x = self.stack(x, LAYOUT.tokens(batch), rngs=rngs)
-        _, candidates = split(x, segments, history.item.shape[1], len(events))
-        return self.head(self.norm(candidates))
+        return context, [self.items(batch.history) + self.actions(batch.history.labels)]
 
-    def _candidates(self, batch: Batch) -> jax.Array:
-        """[B, C, D]."""
+    def candidate_tokens(self, batch: Batch) -> jax.Array:
         item = self.items(batch.candidates)
         cross = request_features(batch, self.schema).astype(item.dtype)
         return item + self.cross(jnp.concatenate([item, cross], axis=-1))
@@ -96,7 +94,7 @@ class CandidateRanker(Ranker):
                 self.actions.cost(shape.history),
                 request_features_cost(self.schema, shape),
                 self.cross.cost(shape.slots),
-                self.stack.cost(LAYOUT.row_tokens(shape), LAYOUT.pairs(shape)),
+                self.stack.cost(self.layout.row_tokens(shape), self.layout.pairs(shape)),
                 self.norm.cost(shape.slots),
                 self.head.cost(shape.slots),
             ]

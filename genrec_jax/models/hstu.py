@@ -8,17 +8,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from genrec_jax.batch import Batch, Shape
-from genrec_jax.layouts import INTERLEAVED, join, split
+from genrec_jax.layouts import INTERLEAVED
 from genrec_jax.models import registry
-from genrec_jax.models.base import Build, Ranker
-from genrec_jax.models.sequence import Mixer, SequenceConfig, ranking_stack
-from genrec_jax.nn.basic import LayerNorm, Linear, dropout
+from genrec_jax.models.base import Build
+from genrec_jax.models.sequence import Mixer, SequenceConfig, SequenceRanker, ranking_stack
+from genrec_jax.nn.basic import LayerNorm, Linear
 from genrec_jax.nn.cost import Cost, total
 from genrec_jax.nn.tokens import ActionEncoder, ContextEncoder, ItemEncoder
 from genrec_jax.objectives import bce
 
 
-class InterleavedRanker(Ranker):
+class InterleavedRanker(SequenceRanker):
     """X = [context, i_1, a_1, i_2, a_2, ..., candidates];  logits_t = W LN(stack(X)_{i_t}) + b.
 
     The state at an item has seen the context and every earlier item and action, not the item's own action: it predicts
@@ -30,12 +30,14 @@ class InterleavedRanker(Ranker):
     once a block has bound it to the token before it; pointwise attention learns that binding very slowly.
     """
 
+    layout = INTERLEAVED
+
     def __init__(self, config: SequenceConfig, build: Build, *, mixer: Mixer, rngs: nnx.Rngs):
         schema, dtype, width = build.schema, build.dtype, config.width
         self.context = ContextEncoder(schema, width, dtype=dtype, rngs=rngs)
         self.items = ItemEncoder(schema, width, dtype=dtype, rngs=rngs)
         self.actions = ActionEncoder(len(schema.tasks), width, dtype=dtype, rngs=rngs)
-        self.stack = ranking_stack(config, mixer, INTERLEAVED.longest(build.shape.history), dtype, rngs)
+        self.stack = ranking_stack(config, mixer, self.layout.longest(build.shape.history), dtype, rngs)
         self.norm = LayerNorm(width, dtype=jnp.float32, rngs=rngs)
         self.head = Linear(width, len(schema.tasks), dtype=jnp.float32, rngs=rngs)
         self.dropout = config.dropout
@@ -50,15 +52,13 @@ class InterleavedRanker(Ranker):
         shown, shown_count = bce(candidates, targets.labels, targets.segment > 0)
         return past + shown, past_count + shown_count
 
-    def states(self, batch: Batch, rngs: nnx.Rngs | None) -> tuple[jax.Array, jax.Array]:
-        """States that predict: at history items [B, N, D] and at candidates [B, C, D]."""
-        history, segments = batch.history, batch.user.shape[1]
+    def prefix(self, batch: Batch) -> tuple[jax.Array, list[jax.Array]]:
+        item = self.items(batch.history)
         context = self.context(batch.context.features, batch.user.shape)
-        item = self.items(history)
-        events = [item, item + self.actions(history.labels)]
-        x = dropout(join(context, events, self.items(batch.candidates)), self.dropout, rngs)
-        x = self.stack(x, INTERLEAVED.tokens(batch), rngs=rngs)
-        return split(x, segments, history.item.shape[1], len(events))
+        return context, [item, item + self.actions(batch.history.labels)]
+
+    def candidate_tokens(self, batch: Batch) -> jax.Array:
+        return self.items(batch.candidates)
 
     def logits(self, states: jax.Array) -> jax.Array:
         return self.head(self.norm(states))
@@ -71,7 +71,7 @@ class InterleavedRanker(Ranker):
                 self.context.cost(shape.segments),
                 self.items.cost(predicted),
                 self.actions.cost(shape.history),
-                self.stack.cost(INTERLEAVED.row_tokens(shape), INTERLEAVED.pairs(shape)),
+                self.stack.cost(self.layout.row_tokens(shape), self.layout.pairs(shape)),
                 self.norm.cost(predicted),
                 self.head.cost(predicted),
             ]

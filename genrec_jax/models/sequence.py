@@ -1,14 +1,17 @@
 """What the generative models share: their sizes and their stack of blocks."""
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from genrec_jax.batch import Batch
 from genrec_jax.errors import UserError
-from genrec_jax.models.base import ModelConfig
+from genrec_jax.layouts import Layout, join, split
+from genrec_jax.models.base import ModelConfig, Ranker
+from genrec_jax.nn.basic import dropout
 from genrec_jax.nn.hstu import HSTUBlock
 from genrec_jax.nn.stack import Block, Stack
 from genrec_jax.nn.transformer_block import TransformerBlock
@@ -32,6 +35,33 @@ class SequenceConfig(ModelConfig):
             raise UserError(f"model.width ({self.width}) must be a multiple of model.heads ({self.heads})")
         if not 0 <= self.dropout < 1:
             raise UserError(f"model.dropout must be in [0, 1), not {self.dropout}")
+
+
+class SequenceRanker(Ranker):
+    """A ranker of tokens [context | history | candidates], in parts, so that a server can cache what comes before the
+    candidates: logits = ``logits`` of the candidates' rows of ``stack`` over ``prefix`` and ``candidate_tokens``."""
+
+    layout: ClassVar[Layout]
+    stack: Stack
+    dropout: float
+
+    def states(self, batch: Batch, rngs: nnx.Rngs | None) -> tuple[jax.Array, jax.Array]:
+        """The stack's states at each event's first token [B, N, D] and at candidates [B, C, D]."""
+        x = join(*self.prefix(batch), self.candidate_tokens(batch))
+        x = self.stack(dropout(x, self.dropout, rngs), self.layout.tokens(batch), rngs=rngs)
+        return split(x, batch.user.shape[1], batch.history.item.shape[1], self.layout.per_event)
+
+    def prefix(self, batch: Batch) -> tuple[jax.Array, list[jax.Array]]:
+        """Context tokens [B, S, D], and of each event ``layout.per_event`` tokens, each [B, N, D]."""
+        raise NotImplementedError
+
+    def candidate_tokens(self, batch: Batch) -> jax.Array:
+        """[B, C, D]; may read the history."""
+        raise NotImplementedError
+
+    def logits(self, states: jax.Array) -> jax.Array:
+        """States [..., D] at items or candidates -> [..., A] float32."""
+        raise NotImplementedError
 
 
 def ranking_stack(config: SequenceConfig, mixer: Mixer, longest: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> Stack:

@@ -1,6 +1,7 @@
 """The HSTU block (Zhai et al., ICML 2024, arXiv 2402.17152, equations 1-3) in the variants of the public code."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +12,18 @@ from genrec_jax.nn.basic import LayerNorm, Linear, dropout
 from genrec_jax.nn.cost import Cost, total
 from genrec_jax.nn.position import RelativeBias
 from kernels_pallas.gated_norm import gated_norm
-from kernels_pallas.hstu_attention import Columns, Plan, hstu_attention
+from kernels_pallas.hstu_attention import (
+    Columns,
+    Plan,
+    Scaled,
+    Tokens,
+    heads_apart,
+    hstu_attention,
+    hstu_attention_cached,
+    widened,
+)
+
+Kept = jax.Array | Scaled  # keys or values [B, N, H, D] as a cache keeps them
 
 EPSILON = 1e-6
 
@@ -115,6 +127,35 @@ class HSTUBlock(nnx.Module):
         if self.bias is None:
             return own
         return own | {"position_bias": self.bias.position[...], "time_bias": self.bias.time[...]}
+
+    def cached(
+        self,
+        x: jax.Array,
+        tokens: Tokens,
+        earlier: tuple[Kept, Kept],
+        earlier_tokens: Tokens,
+        *,
+        keep: Callable[[jax.Array], Kept] = lambda x: x,
+        one_request: bool = False,
+    ) -> tuple[jax.Array, tuple[Kept, Kept]]:
+        """The block's rows for new tokens x [B, M, D] behind ``earlier`` keys and values, and their own, as kept.
+
+        ``keep`` says how a cache keeps them; they are attended to as kept, so that it does not matter which tokens
+        were new together. The rest is as in `hstu_attention_cached`. Dropout is off.
+        """
+        gate, v, q, k = self.projections(x)
+        own = keep(heads_apart(k)), keep(heads_apart(v))
+        attended = hstu_attention_cached(
+            heads_apart(q),
+            widened(own[0], x.dtype),
+            widened(own[1], x.dtype),
+            tokens,
+            *earlier,
+            earlier_tokens,
+            **self.attention(),
+            one_request=one_request,
+        )
+        return self.merge(x, gate, attended), own
 
     def projections(self, x: jax.Array) -> tuple[jax.Array, Columns, Columns, Columns]:
         """x [..., T, D] -> U [..., T, H * Dv] and V, Q, K [..., T, H, Dv or Dqk], columns of one array."""

@@ -32,7 +32,7 @@ def init_state(params: Any, optimizer: optax.GradientTransformation, seed: int) 
     return State(params, opt, jnp.zeros((), jnp.int32), jax.random.key_data(jax.random.key(seed)))
 
 
-def bind(model: Model, params: Any) -> Model:
+def bind[M: Model](model: M, params: Any) -> M:
     """The model (abstract or not) with ``params`` in place of its own, without touching the original."""
     state: Any = nnx.split(model, nnx.Param, ...)
     graph, own, rest = state

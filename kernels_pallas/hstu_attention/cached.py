@@ -20,19 +20,48 @@ _BLOCK = 256  # queries and keys of a tile
 _NOWHERE = jnp.iinfo(jnp.int32).max  # index of a key that nobody sees
 
 
+class Scaled(NamedTuple):
+    """Numbers of eight bits: ``values`` int8 [..., D] times ``scale`` float32 [..., 1]."""
+
+    values: jax.Array
+    scale: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.values.ndim
+
+
+def scaled(x: jax.Array) -> Scaled:
+    """x [..., D] in eight bits, one scale per vector: off by at most 1 / 254 of the vector's largest magnitude."""
+    x = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True, initial=0)
+    scale = jnp.where(largest > 0, largest / 127, 1)
+    return Scaled(jnp.round(x / scale).astype(jnp.int8), scale)
+
+
+def widened(x: jax.Array | Scaled, dtype: jnp.dtype) -> jax.Array:
+    """The numbers in ``dtype``, whatever they are kept in."""
+    return x.values.astype(dtype) * x.scale.astype(dtype) if isinstance(x, Scaled) else x.astype(dtype)
+
+
 def hstu_attention_cached(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
     tokens: Tokens,
-    cached_k: jax.Array,
-    cached_v: jax.Array,
+    cached_k: jax.Array | Scaled,
+    cached_v: jax.Array | Scaled,
     cached_tokens: Tokens,
     *,
     max_len: float,
     alpha: float = 1.0,
     position_bias: jax.Array | None = None,
     time_bias: jax.Array | None = None,
+    one_request: bool = False,
     implementation: Implementation = None,
 ) -> jax.Array:
     """The last M rows of `hstu_attention` over rows of N cached and M new tokens, without the others.
@@ -46,10 +75,12 @@ def hstu_attention_cached(
       v: as q, with Dv.
       tokens: the new tokens' attributes, fields [B, M]; `split_tokens` cuts them from whole rows. They stand behind
         the cache: ``order`` and times go on from the cached tokens', and they see no key after themselves.
-      cached_k: [B, N, H, Dqk], and ``cached_v`` [B, N, H, Dv]; may be of a narrower type than q. Unused slots may lie
-        anywhere and hold anything.
+      cached_k: [B, N, H, Dqk], and ``cached_v`` [B, N, H, Dv]; may be of a narrower type than q, or `scaled`. Unused
+        slots may lie anywhere and hold anything.
       cached_tokens: the cache's attributes, fields [B, N], segment 0 in unused slots. Of the times ``key_time`` counts.
       max_len, alpha, position_bias, time_bias: as in `hstu_attention`.
+      one_request: promises that a row's new tokens are candidates of one request, padding last: of one position and
+        one query time, so that the bias is looked up once per key, not once per pair.
       implementation: a name to insist on, a sequence of names to try in order, None for the best here.
 
     Returns:
@@ -75,7 +106,8 @@ def hstu_attention_cached(
     if v.size == 0:
         return jnp.zeros_like(v)
     inputs = _Inputs(q, k, v, tokens, cached_k, cached_v, cached_tokens, position_bias, time_bias)
-    return _forward_only(functools.partial(_OPERATIONS[chosen], divisor=max_len, alpha=alpha))(inputs)
+    rule = {"divisor": max_len, "alpha": alpha, "one_request": one_request}
+    return _forward_only(functools.partial(_OPERATIONS[chosen], **rule))(inputs)
 
 
 def split_tokens(tokens: Tokens, cached: jax.Array, slots: int, new: int) -> tuple[Tokens, Tokens]:
@@ -108,8 +140,8 @@ class _Inputs(NamedTuple):
     k: jax.Array
     v: jax.Array
     tokens: Tokens
-    cached_k: jax.Array
-    cached_v: jax.Array
+    cached_k: jax.Array | Scaled
+    cached_v: jax.Array | Scaled
     cached_tokens: Tokens
     position_bias: jax.Array | None
     time_bias: jax.Array | None
@@ -120,8 +152,8 @@ def _check(
     k: jax.Array,
     v: jax.Array,
     tokens: Tokens,
-    cached_k: jax.Array,
-    cached_v: jax.Array,
+    cached_k: jax.Array | Scaled,
+    cached_v: jax.Array | Scaled,
     cached_tokens: Tokens,
 ) -> None:
     if q.ndim != 4 or q.shape != k.shape or v.ndim != 4 or v.shape[:3] != q.shape[:3]:
@@ -160,13 +192,14 @@ def _stated(tokens: Tokens) -> Tokens:
     return tokens._replace(low=low, high=high, position=position)
 
 
-def _reference(x: _Inputs, *, divisor: float, alpha: float) -> jax.Array:
-    """The definition: the full call's dense oracle, and its last rows."""
+def _reference(x: _Inputs, *, divisor: float, alpha: float, one_request: bool) -> jax.Array:
+    """The definition: the full call's dense oracle, and its last rows. It trusts no promise."""
     slots = x.cached_k.shape[1]
+    cached_k, cached_v = (widened(part, jnp.promote_types(x.q.dtype, jnp.float32)) for part in (x.cached_k, x.cached_v))
     out = hstu_attention(
-        jnp.concatenate([jnp.zeros_like(x.cached_k), x.q], axis=1),
-        jnp.concatenate([x.cached_k, x.k], axis=1),
-        jnp.concatenate([x.cached_v, x.v], axis=1),
+        jnp.concatenate([jnp.zeros_like(cached_k), x.q], axis=1),
+        jnp.concatenate([cached_k, x.k], axis=1),
+        jnp.concatenate([cached_v, x.v], axis=1),
         _joined(x.cached_tokens, x.tokens),
         max_len=divisor,
         alpha=alpha,
@@ -181,14 +214,14 @@ class _Part(NamedTuple):
     """Keys that lie side by side, the cache or the new tokens: attributes [b, N], k and v [b, N, H, D]."""
 
     keys: Keys
-    k: jax.Array
-    v: jax.Array
+    k: jax.Array | Scaled
+    v: jax.Array | Scaled
 
 
 _Bias = Callable[[Queries, Keys], jax.Array]
 
 
-def _blocked(x: _Inputs, *, divisor: float, alpha: float) -> jax.Array:
+def _blocked(x: _Inputs, *, divisor: float, alpha: float, one_request: bool) -> jax.Array:
     """Tile by tile: memory O(M · block) beside the arguments, and tiles in which no query sees a key cost nothing.
 
     On a CPU the rows of the batch go one by one, each over its own tiles; elsewhere all rows go over the tiles that
@@ -203,7 +236,9 @@ def _blocked(x: _Inputs, *, divisor: float, alpha: float) -> jax.Array:
         _Part(Keys(*(field[:, :slots] for field in keys)), x.cached_k, x.cached_v),
         _Part(Keys(*(field[:, slots:] for field in keys)), x.k, x.v),
     )
-    bias = functools.partial(_bias, position_bias=x.position_bias, time_bias=x.time_bias, dtype=dtype)
+    bias = functools.partial(
+        _bias, position_bias=x.position_bias, time_bias=x.time_bias, one_request=one_request, dtype=dtype
+    )
 
     def some_rows(rows: tuple[Queries, jax.Array, tuple[_Part, _Part]]) -> jax.Array:
         asked, q, (cache, new) = rows
@@ -259,7 +294,8 @@ def _tile(asked: Queries, q: jax.Array, part: _Part, index: jax.Array, bias: _Bi
     low, high, until, self = (field[:, :, None] for field in asked[:4])
     seen = sees(low, high, until, self, part.keys.rank[:, None], index)
     real = (part.keys.rank >= 0)[:, :, None, None]
-    k_t, v_t = (jnp.where(real, field, 0).astype(q.dtype).transpose(0, 2, 3, 1) for field in (part.k, part.v))
+    wide = (widened(field, q.dtype) for field in (part.k, part.v))
+    k_t, v_t = (jnp.where(real, field, 0).transpose(0, 2, 3, 1) for field in wide)
     scores = q @ k_t + bias(asked, part.keys)[:, None]
     weights = jnp.where(seen[:, None], 0.5 * scores * (1 + jnp.tanh(0.5 * scores)), 0)
     return jnp.einsum("bhdj,bhij->bhdi", v_t, weights)
@@ -271,10 +307,13 @@ def _bias(
     *,
     position_bias: jax.Array | None,
     time_bias: jax.Array | None,
+    one_request: bool,
     dtype: jnp.dtype,
 ) -> jax.Array:
-    """The bias that the heads share, [b, rows, columns], or [1, 1, 1] without one."""
+    """The bias that the heads share, [b, rows, columns], of one row if all are alike, [1, 1, 1] without one."""
     bias = jnp.zeros((1, 1, 1), dtype)
+    if one_request:
+        asked = asked._replace(position=asked.position[:, :1], time=asked.time[:, :1])
     if position_bias is not None:
         reach = (position_bias.shape[0] - 1) // 2
         distance = keys.position[:, None] - asked.position[:, :, None]

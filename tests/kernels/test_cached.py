@@ -15,7 +15,9 @@ from kernels_pallas.hstu_attention import (
     hstu_attention,
     hstu_attention_cached,
     padded_tokens,
+    scaled,
     split_tokens,
+    widened,
 )
 from kernels_pallas.hstu_attention import cached as implementation_of
 
@@ -220,6 +222,46 @@ def plain_bfloat16(whole):
     scores += relative_bias(whole.tokens, *tables, jnp.bfloat16)[:, None]
     weights = jnp.where(visible(whole.tokens)[:, None], jax.nn.silu(scores), 0) / jnp.bfloat16(SCALE["max_len"])
     return np.asarray(jnp.einsum("bhij,bjhd->bihd", weights, v), np.float64)
+
+
+@BACKEND
+def test_cache_in_eight_bits(backend):
+    """Every number is off by at most half a step of its vector's scale, and the call reads just these numbers."""
+    whole = Whole(LAYOUTS["both"], {"window": 7})
+    for name in ("k", "v"):
+        x = getattr(whole, name)
+        kept = scaled(jnp.asarray(x, jnp.float32))
+        assert kept.values.dtype == jnp.int8
+        wide = np.asarray(widened(kept, jnp.float32), np.float64)
+        assert np.abs(wide - x).max() > 0
+        assert (np.abs(wide - x) <= 0.5001 * np.abs(x).max(-1, keepdims=True) / 127).all()
+        setattr(whole, name, wide)
+    new, old = split_tokens(whole.tokens, jnp.asarray(whole.cached), whole.slots, whole.new)
+    arrays = [jnp.asarray(whole.new_rows(x, np.nan), jnp.float32) for x in (whole.q, whole.k, whole.v)]
+    caches = [scaled(jnp.asarray(whole.cache(x, 0.0), jnp.float32)) for x in (whole.k, whole.v)]
+    caches = [kept._replace(scale=jnp.where(old.segment[..., None, None] > 0, kept.scale, jnp.nan)) for kept in caches]
+    tables = {name: jnp.asarray(table, np.float32) for name, table in whole.tables.items()}
+    assert_close(np.asarray(run(backend, arrays, new, caches, old, tables), np.float64), whole.new_rows(whole.full()))
+
+
+def test_a_vector_of_zeros_stays_zeros():
+    assert not np.asarray(widened(scaled(jnp.zeros((2, 4))), jnp.float32)).any()
+
+
+@pytest.mark.parametrize("promised", [False, True])
+def test_candidates_of_one_request_share_their_bias(promised):
+    """The promise changes nothing where it holds; rows of fewer candidates end in padding."""
+    whole = Whole([(9, 0, 11), (0, 0, 3), (30, 0, 9)], {})
+    tokens, history = whole.tokens, whole.cached[:, None]
+    shown = np.arange(whole.longest) >= history
+    last = np.take_along_axis(np.asarray(tokens.query_time), history, axis=1)
+    whole.tokens = tokens._replace(query_time=jnp.where(shown, last, tokens.query_time))
+    new, old = split_tokens(whole.tokens, jnp.asarray(whole.cached), whole.slots, whole.new)
+    arrays = [jnp.asarray(whole.new_rows(x, np.nan), jnp.float32) for x in (whole.q, whole.k, whole.v)]
+    caches = [jnp.asarray(whole.cache(x), jnp.float32) for x in (whole.k, whole.v)]
+    tables = {name: jnp.asarray(table, np.float32) for name, table in whole.tables.items()}
+    call = functools.partial(hstu_attention_cached, **SCALE, **tables, one_request=promised, implementation="xla")
+    assert_close(np.asarray(jax.jit(call)(*arrays, new, *caches, old), np.float64), whole.new_rows(whole.full()))
 
 
 def test_tiles_nobody_sees_cost_nothing():
