@@ -178,7 +178,7 @@ class Scorer:
         """Logits [C, A] float32 of each request, in order. Raises UserError for one that cannot be scored; it, and the
         requests that would have shared its call, then had no effect."""
         out: list[np.ndarray] = []
-        for group in apart(requests, self.shapes.lanes):
+        for group in _apart(requests, self.shapes.lanes):
             counted = [self.check(request) for request in group]
             out += self._scored([(r, self._prepared(r, events)) for r, events in zip(group, counted)])
         return out
@@ -268,7 +268,7 @@ def _one_candidate(request: Request) -> dict[str, Any]:
     return {"item": item, "features": features}
 
 
-def apart(requests: Sequence[Request], lanes: int) -> Iterator[list[Request]]:
+def _apart(requests: Sequence[Request], lanes: int) -> Iterator[list[Request]]:
     """Runs of at most ``lanes`` requests, no two of one user: the second may append to what the first reads."""
     group: list[Request] = []
     for request in requests:
