@@ -104,12 +104,13 @@ def account(trial: Trial, model: Model, stream: TrainStream) -> Account:
     rows = steps * trial.train.batch_rows
     tally = stream.passes.tally(rows)
     shape = trial.data.shape
+    occupied = rows * (tally.occupied / tally.rows)
     if shape.segments > 1:
-        means = (x / tally.occupied for x in (tally.segments, tally.events, tally.squares))
+        means = (x / occupied for x in (tally.segments, tally.events, tally.squares))
         shape = dataclasses.replace(shape, filled=Filled(*means))
     row = model.cost(shape)
     targets = round(tally.targets)
-    train_flops = 3.0 * row.flops * tally.occupied
+    train_flops = 3.0 * row.flops * occupied
     return Account(
         steps=steps,
         rows=rows,
