@@ -6,8 +6,8 @@ Users come and go with whole histories, longer ones, increments and new contexts
 decoder knows. The cache holds a few dozen of the users. Checked: every good row is scored and every malformed one is
 counted; the cache stays within its budget (`UserCache`, after each call) and resident memory stops growing after the
 first tenth; rows whose user sends the whole history again agree with a scorer that has seen nothing else; a killed
-command leaves no output, and the next one writes what an undisturbed one writes, bit for bit. About ten minutes on two
-cores; too long for the suite.
+command leaves no output, and the next one writes what an undisturbed one writes, bit for bit. About twenty minutes on
+two cores; too long for the suite.
 """
 
 import contextlib
