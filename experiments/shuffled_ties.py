@@ -3,7 +3,7 @@
     python -m experiments.shuffled_ties DATA --out OUT --seed 0
 
 The public HSTU code sorts a user's events by time with an unstable sort, so that events of the same second come in no
-order in particular: two in five MovieLens-1M users have such a pair at the end, where the test event is. Training on
+order in particular; many MovieLens-1M users have such a pair at the end, where the test event is. Training on
 the copy and on the original tells what the order of the log is worth.
 """
 
@@ -16,15 +16,16 @@ import tyro
 
 from genrec_jax.data.catalog import load_any
 from genrec_jax.data.sequences import Sequences, load, save
+from genrec_jax.errors import UserError
 
 
 def shuffle_ties(sequences: Sequences, out: Path, seed: int) -> Sequences:
     """Writes the copy; events keep their time and what belongs to them, requests are refused.
 
-    Raises ValueError for a dataset with requests: what was shown together has an order of its own.
+    Raises UserError for a dataset with requests: what was shown together has an order of its own.
     """
     if sequences.request is not None:
-        raise ValueError("a dataset with requests cannot have its ties shuffled")
+        raise UserError(f"dataset {sequences.name!r} has requests: its ties cannot be shuffled")
     user = np.repeat(np.arange(sequences.users), np.diff(sequences.offsets))
     order = np.lexsort((np.random.default_rng(seed).random(sequences.events), sequences.time, user))
     levels = {f.name: f.level for f in sequences.schema.features}
@@ -45,10 +46,15 @@ def shuffle_ties(sequences: Sequences, out: Path, seed: int) -> Sequences:
     )
 
 
-def main(data: Annotated[Path, tyro.conf.Positional], *, out: Path, seed: int = 0) -> None:
+def main(data: Annotated[Path, tyro.conf.Positional], *, out: Path, seed: int = 0) -> int:
     """Write the copy of DATA (a dataset folder, or that of a known raw dataset) to OUT."""
-    made = shuffle_ties(load(load_any(data)), out, seed)
+    try:
+        made = shuffle_ties(load(load_any(data)), out, seed)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     print(f"{made.name}: {made.events:,} events in {out}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from experiments.shuffled_ties import shuffle_ties
 from experiments.table import flatten
 from genrec_jax.config import default_trial, trial_from_json
 from genrec_jax.data.sequences import Sequences
+from genrec_jax.errors import UserError
 from tests.data.helpers import dataset, owner, random_dataset
 
 # The public code's configurations: D, blocks, heads, width of a head, dropout, history, negatives, epochs.
@@ -228,5 +229,5 @@ def test_shuffled_ties_move_within_their_second_only(tmp_path: Path) -> None:
     assert made.item[30] == 31
     assert (shuffle_ties(original, tmp_path / "b", 1).item != made.item).any()
     assert made.name == "tiny, ties shuffled"
-    with pytest.raises(ValueError, match="requests"):
+    with pytest.raises(UserError, match="has requests"):
         shuffle_ties(dataset(tmp_path / "r", [[0, 0]], [[1, 1]]), tmp_path / "c", 0)
