@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_CHUNK = 256  # positions whose logits against the whole corpus are held at a time
-# Up to this many items per negative, products with the whole corpus beat gathering the rows of the negatives.
-_DENSE_ITEMS_PER_NEGATIVE = 64
+_CHUNK = 256  # positions whose logits are held at a time
+# Rows of the item table gathered at a time: on a CPU they must stay in the second-level caches (index True).
+_GATHERED_ROWS = (2**19, 2**13)
+_LANES = 16  # float32 numbers of a vector register
 _BLOCK = 2048  # items whose logits of one chunk the full softmax holds at a time
 
 
@@ -99,8 +100,6 @@ def sampled_softmax(
     if shared:
         return _shared(scaled, items, targets.reshape(-1, 1), weights, negatives)
     ids = jnp.concatenate([targets[..., None], negatives], axis=-1).reshape(batch * length, -1)
-    if items.shape[0] <= _DENSE_ITEMS_PER_NEGATIVE * negatives.shape[2]:
-        return _dense(scaled, items, ids, weights)
     return _gathered(scaled, items, ids, weights)
 
 
@@ -141,9 +140,11 @@ def _hits(ids: jax.Array) -> jax.Array:
     return (ids == ids[..., :1]).at[..., 0].set(False)
 
 
-def _in_chunks(scaled: jax.Array, ids: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Pads positions (with weight 0) to a multiple of the chunk and splits them: [chunks, positions, ...]."""
-    size = min(_CHUNK, max(1, scaled.shape[0]))
+def _in_chunks(
+    scaled: jax.Array, ids: jax.Array, weights: jax.Array, size: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Pads positions (with weight 0) to a multiple of ``size`` and splits them: [chunks, positions, ...]."""
+    size = max(1, min(size, scaled.shape[0]))
     short = -scaled.shape[0] % size
     scaled, ids = (jnp.pad(x, ((0, short), (0, 0))).reshape(-1, size, x.shape[1]) for x in (scaled, ids))
     return scaled, ids, jnp.pad(weights, (0, short)).reshape(-1, size)
@@ -163,75 +164,52 @@ def _shared(
         ids = jnp.concatenate([target, jnp.broadcast_to(negatives, (len(target), len(negatives)))], axis=1)
         return total + _cross_entropy(logits, _hits(ids), w), None
 
-    return jax.lax.scan(chunk, jnp.zeros((), scaled.dtype), _in_chunks(scaled, targets, weights))[0]
-
-
-def _gathered(scaled: jax.Array, items: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
-    """The loss by gathering each position's rows of the table: the way for a large corpus."""
-
-    @jax.checkpoint
-    def chunk(total: jax.Array, xs: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        u, picked, w = xs
-        return total + _cross_entropy(jnp.einsum("pd,prd->pr", u, items[picked]), _hits(picked), w), None
-
-    return jax.lax.scan(chunk, jnp.zeros((), scaled.dtype), _in_chunks(scaled, ids, weights))[0]
+    return jax.lax.scan(chunk, jnp.zeros((), scaled.dtype), _in_chunks(scaled, targets, weights, _CHUNK))[0]
 
 
 @jax.custom_vjp
-def _dense(scaled: jax.Array, items: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
-    """The loss by products with the whole table and a look-up of scalars: the way for a small corpus.
-
-    Fetching R rows of D numbers per position, and scattering as many in the backward pass, costs far more than the
-    products it saves while the corpus is small.
-    """
-
-    def chunk(total: jax.Array, xs: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        u, picked, w = xs
-        return total + _cross_entropy(_look_up(u @ items.T, picked), _hits(picked), w), None
-
-    return jax.lax.scan(chunk, jnp.zeros((), scaled.dtype), _in_chunks(scaled, ids, weights))[0]
-
-
-def _look_up(logits: jax.Array, ids: jax.Array) -> jax.Array:
-    """logits[p, ids[p, r]] as [P, R]."""
-    return jnp.take_along_axis(logits, ids, axis=1, mode="promise_in_bounds")
+def _gathered(scaled: jax.Array, items: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
+    """The loss by gathering each position's rows of the table, the target's first: scaled [P, D], ids [P, 1 + R]."""
+    return _gathered_forward(scaled, items, ids, weights)[0]
 
 
 _Gradients = tuple[jax.Array, jax.Array, jax.Array]
 
 
-def _dense_forward(
+def _gathered_forward(
     scaled: jax.Array, items: jax.Array, ids: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, _Gradients]:
-    """Loss and gradients in one pass: the loss is a scalar, so its gradient is known up to a factor already here."""
-    items_t = items.T + 0  # both orientations are kept: each product below then has the one XLA's CPU runs fastest
-    count = items.shape[0]
+    """Loss and gradients in one pass: the loss is a scalar, so its gradient is known up to a factor already here, and
+    the rows of a chunk need not be gathered a second time."""
+    positions, width = scaled.shape
+    # Rows of whole vector registers: XLA's CPU adds those to a table three times as fast.
+    scaled, items = (jnp.pad(x, ((0, 0), (0, -width % _LANES))) for x in (scaled, items))
 
     def chunk(
         carry: tuple[jax.Array, jax.Array], xs: tuple[jax.Array, jax.Array, jax.Array]
     ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-        total, d_items_t = carry
+        total, d_items = carry
         u, picked, w = xs
-        loss, pull = jax.vjp(lambda x, y: _cross_entropy(x, _hits(picked), y), _look_up(u @ items.T, picked), w)
-        d_picked, d_w = pull(jnp.ones_like(loss))
-        places = jnp.arange(u.shape[0], dtype=jnp.int32)[:, None] * count + picked
-        flat = jnp.zeros(u.shape[0] * count, u.dtype)
-        d_logits = flat.at[places].add(d_picked, mode="promise_in_bounds").reshape(-1, count)
-        return (total + loss, d_items_t + u.T @ d_logits), (jnp.einsum("dv,pv->dp", items_t, d_logits), d_w)
+        rows = items.at[picked].get(mode="promise_in_bounds")
+        logits = jnp.einsum("pd,prd->pr", u, rows)
+        loss, pull = jax.vjp(lambda x, y: _cross_entropy(x, _hits(picked), y), logits, w)
+        d_logits, d_w = pull(jnp.ones_like(loss))
+        d_items = d_items.at[picked].add(d_logits[..., None] * u[:, None], mode="promise_in_bounds")
+        return (total + loss, d_items), (jnp.einsum("pr,prd->pd", d_logits, rows), d_w)
 
-    start = (jnp.zeros((), scaled.dtype), jnp.zeros_like(items_t))
-    (total, d_items_t), (d_scaled, d_weights) = jax.lax.scan(chunk, start, _in_chunks(scaled, ids, weights))
-    positions = scaled.shape[0]
-    d_scaled = d_scaled.transpose(0, 2, 1).reshape(-1, scaled.shape[1])[:positions]
-    return total, (d_scaled, d_items_t.T, d_weights.reshape(-1)[:positions])
+    start = (jnp.zeros((), scaled.dtype), jnp.zeros_like(items))
+    size = _GATHERED_ROWS[jax.default_backend() == "cpu"] // ids.shape[1]
+    (total, d_items), (d_scaled, d_weights) = jax.lax.scan(chunk, start, _in_chunks(scaled, ids, weights, size))
+    d_scaled = d_scaled.reshape(-1, d_scaled.shape[-1])[:positions, :width]
+    return total, (d_scaled, d_items[:, :width], d_weights.reshape(-1)[:positions])
 
 
-def _dense_backward(gradients: _Gradients, d_loss: jax.Array) -> tuple[jax.Array, jax.Array, None, jax.Array]:
+def _gathered_backward(gradients: _Gradients, d_loss: jax.Array) -> tuple[jax.Array, jax.Array, None, jax.Array]:
     d_scaled, d_items, d_weights = gradients
     return d_loss * d_scaled, d_loss * d_items, None, d_loss * d_weights
 
 
-_dense.defvjp(_dense_forward, _dense_backward)
+_gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
 @jax.custom_vjp

@@ -14,4 +14,5 @@ def keep_mask(key: jax.Array, shape: tuple[int, ...], rate: float) -> jax.Array:
     size = math.prod(shape)
     bits = jax.random.bits(key, (-(-size // 2),), jnp.uint32)
     halves = jax.lax.bitcast_convert_type(bits, jnp.uint16).reshape(-1)[:size].reshape(shape)
-    return halves >= round(rate * 2**16)
+    # Drawn once: XLA's CPU would draw the bits again in every fusion that reads the mask, forward and backward.
+    return jax.lax.optimization_barrier(halves >= round(rate * 2**16))

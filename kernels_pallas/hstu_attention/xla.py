@@ -32,9 +32,10 @@ def prepare(tokens: Tokens, positions: int, buckets: int) -> tuple[jax.Array, ..
         return xla_tiles.prepare(tokens)
     reach = tables(tokens, positions, buckets)
     ahead = tokens.high is not None
-    return tuple(
+    found = tuple(
         pair_codes(tokens, rows, slice(0, length if ahead else rows.stop), reach) for rows in row_blocks(length)
     )
+    return jax.lax.optimization_barrier(found)  # or XLA's CPU computes them again in every layer that reads them
 
 
 class _Inputs(NamedTuple):

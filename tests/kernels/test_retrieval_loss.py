@@ -21,11 +21,12 @@ B, T, D, V, R = 3, 7, 4, 11, 5
 TEMPERATURE = 0.3
 
 
-@pytest.fixture(params=["dense", "gathered", "one chunk"])
-def way(request, monkeypatch):
-    """The two ways of computing the loss, with several chunks and a short last one; and a single chunk."""
-    monkeypatch.setattr(retrieval_loss, "_CHUNK", 1000 if request.param == "one chunk" else 4)
-    monkeypatch.setattr(retrieval_loss, "_DENSE_ITEMS_PER_NEGATIVE", 0 if request.param == "gathered" else 64)
+@pytest.fixture(params=["chunks", "one chunk"])
+def chunks(request, monkeypatch):
+    """Several chunks of four positions and a short last one; and a single chunk."""
+    size = 1000 if request.param == "one chunk" else 4
+    monkeypatch.setattr(retrieval_loss, "_CHUNK", size)
+    monkeypatch.setattr(retrieval_loss, "_GATHERED_ROWS", 2 * (size * (1 + R),))
 
 
 def make_case(seed=0):
@@ -70,7 +71,7 @@ def check(loss, expected, outputs, items, weights):
         assert abs(float((gradient * direction).sum()) - slope) < 1e-7
 
 
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("chunks")
 @pytest.mark.parametrize("corrected", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
 def test_value_and_gradients(shared, corrected):
@@ -164,7 +165,7 @@ def test_popular_negatives_follow_the_counts():
     np.testing.assert_allclose(popularity.log_q()[1:], np.log(np.array([8, 0.5, 1, 7, 0.5]) / 16), rtol=1e-6)
 
 
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("chunks")
 def test_no_supervised_position_is_zero():
     outputs, items, targets, weights, negatives = make_case()
     items, weights = jnp.asarray(items, jnp.float32), jnp.asarray(0 * weights)
