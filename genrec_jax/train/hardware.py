@@ -1,10 +1,24 @@
-"""What this machine can do: its own matrix-multiply rate, the yardstick of achieved FLOP/s."""
+"""What this machine is and can do: its own matrix-multiply rate is the yardstick of achieved FLOP/s."""
 
 import functools
+import os
+import platform
+import re
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+
+
+def device_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """What trials run on, for a reader: the accelerator's kind, or the processor and how many cores this process has."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return device.device_kind
+    named = re.search(r"^model name\s*: (.+)$", cpuinfo.read_text(encoding="utf-8"), re.M) if cpuinfo.exists() else None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return f"{named[1] if named else platform.machine()}, {cores} core{'s' if cores > 1 else ''}"
 
 
 @functools.cache

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from genrec_jax.retrieval_loss import Popularity
 from genrec_jax.train.checkpoint import Checkpoints
 from genrec_jax.train.estimate import Account, abstract_model, account, init_params
 from genrec_jax.train.evaluate import Evaluator
-from genrec_jax.train.hardware import matmul_peak
+from genrec_jax.train.hardware import device_name, matmul_peak
 from genrec_jax.train.optimizer import make_optimizer, schedule
 from genrec_jax.train.record import MetricsLog, versions, write_json
 from genrec_jax.train.step import State, init_state, make_step
@@ -76,7 +77,8 @@ def train(trial: Trial, run_dir: Path, *, on_progress: Progress | None = None) -
         "mfu": counts.train_flops / max(run.train_seconds, 1e-9) / matmul_peak(trial.train.precision),
         "flops_formula": FLOPS_FORMULA,
         "dataset": sequences.name,
-        "device": jax.devices()[0].device_kind,
+        "device": device_name(),
+        "finished": datetime.now(UTC).date().isoformat(),
         **versions(),
     }
     write_json(run_dir / "result.json", result)
