@@ -223,8 +223,8 @@ def results(runs: Positional[tuple[Path, ...]], *, out: Path) -> None:
     """Write recipe runs beside the published numbers as a page of Markdown with curves.
 
     Args:
-        runs: Folders of `genrec recipe` and of the study retrieval_choices.
-        out: Markdown file to write, for example docs/results/retrieval.md.
+        runs: Folders of `genrec recipe` and of the study retrieval_choices; record files (.jsonl) of earlier pages.
+        out: Markdown file to write, for example docs/results/retrieval.md; its records go beside it (.jsonl).
     """
     from experiments.retrieval_page import write_page
 

@@ -40,7 +40,8 @@ def recipe_command(
     """Trains what is not trained yet, prints the tables, returns the exit code (1 if a trial failed for good)."""
     from experiments.dry_run import with_cost
     from experiments.launch import run_study
-    from experiments.retrieval_page import print_tables, write_datasets
+    from experiments.retrieval_page import print_tables
+    from experiments.retrieval_runs import write_datasets
     from genrec_jax.data.catalog import load_any
     from genrec_jax.data.sequences import load
     from genrec_jax.train.estimate import plan_account
@@ -60,7 +61,7 @@ def recipe_command(
     out.mkdir(parents=True, exist_ok=True)
     write_datasets(out, sequences)
     summary = run_study(planned, out, workers=workers, quiet=quiet)
-    print_tables([out])
+    print_tables(out)
     return 1 if summary.failed else 0
 
 

@@ -1,7 +1,7 @@
 """Curves of recipe runs: the watched metric by epoch, a panel per recipe."""
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from experiments.recipe import STUDY
 from experiments.recipes import read
@@ -10,18 +10,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from experiments.retrieval_page import Run
+    from experiments.retrieval_runs import Run
 
 _PANEL = (3.4, 3.2)  # inches
 _LOOKS = {"original": ("#D55E00", "--", "test, original"), "honest": ("#0072B2", "-", "validation, honest")}
 
 
-def curve_figures(
-    runs: Sequence["Run"], datasets: Mapping[str, Mapping[str, Any]], metric: str = "hr@10"
-) -> dict[str, tuple[str, str]]:
+def curve_figures(runs: Sequence["Run"], metric: str = "hr@10") -> dict[str, tuple[str, str]]:
     """(alternative text, SVG) by name: a figure per dataset and number of epochs, every seed a line.
 
-    ``datasets``: what digests stand for; the published value is drawn where that is the published data.
+    The published value is drawn where the data is the published one.
     """
     from scaling.style import render, styled
 
@@ -33,12 +31,12 @@ def curve_figures(
     for (digest, epochs), group in groups.items():
         titles = ", ".join(dict.fromkeys(read(run.family).title for run in group))
         alt = f"{metric.upper()} by epoch: {titles}"
-        svg = styled(lambda own=group, key=digest, title=alt: render(draw(own, datasets.get(key), metric), title))()
+        svg = styled(lambda own=group, title=alt: render(draw(own, metric), title))()
         found[f"{digest}-{epochs:g}"] = (alt, svg)
     return found
 
 
-def draw(runs: Sequence["Run"], data: Mapping[str, Any] | None, metric: str) -> "Figure":
+def draw(runs: Sequence["Run"], metric: str) -> "Figure":
     """The figure of one dataset; call it inside `scaling.style.styled`."""
     from matplotlib.figure import Figure
 
@@ -46,13 +44,13 @@ def draw(runs: Sequence["Run"], data: Mapping[str, Any] | None, metric: str) -> 
     figure = Figure(figsize=(max(_PANEL[0] * len(names), 6), _PANEL[1]), layout="constrained")
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for axes, name in zip(panels, names, strict=True):
-        _panel(axes, [run for run in runs if run.family == name], data, metric)
+        _panel(axes, [run for run in runs if run.family == name], metric)
     panels[0].set_ylabel(metric.upper())
     figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=4)
     return figure
 
 
-def _panel(axes: "Axes", runs: Sequence["Run"], data: Mapping[str, Any] | None, metric: str) -> None:
+def _panel(axes: "Axes", runs: Sequence["Run"], metric: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
     from scaling.style import SOFT
@@ -66,7 +64,7 @@ def _panel(axes: "Axes", runs: Sequence["Run"], data: Mapping[str, Any] | None, 
         if run.tested and run.label == "honest":
             tested = "test, honest" if first else None
             axes.plot(run.tested_epoch, run.tested[metric], "o", color=colour, label=tested)
-    if data is not None and recipe.is_of(data):
+    if recipe.is_of(runs[0].data):
         axes.axhline(recipe.published[metric], color=SOFT, linewidth=0.9, linestyle=":", label="published")
     axes.set_title(recipe.title)
     axes.set_xlabel("epoch")

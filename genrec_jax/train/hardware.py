@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 
 def device_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """What trials run on, for a reader: the accelerator's kind, or the processor and how many cores this process has."""
+    """What trials run on: the accelerator's kind, or the processor and how many cores this process may use."""
     device = jax.devices()[0]
     if device.platform != "cpu":
         return device.device_kind

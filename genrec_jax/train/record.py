@@ -12,10 +12,11 @@ _PACKAGES = ("jax", "flax", "optax", "numpy", "grain")
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Writes beside ``path`` and renames: readers see the old file or the new one."""
-    _replace(path, json.dumps(record, indent=1) + "\n")
+    write_text(path, json.dumps(record, indent=1) + "\n")
 
 
-def _replace(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """As :func:`write_json`, for any text."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     scratch.write_text(text, encoding="utf-8")
     os.replace(scratch, path)
@@ -33,7 +34,7 @@ class MetricsLog:
 
     def __init__(self, path: Path, step: int):
         self.kept: list[dict[str, Any]] = [record for record in read_lines(path) if record["step"] <= step]
-        _replace(path, "".join(f"{json.dumps(record)}\n" for record in self.kept))
+        write_text(path, "".join(f"{json.dumps(record)}\n" for record in self.kept))
         self._file = path.open("a", encoding="utf-8")
 
     def add(self, record: dict[str, Any]) -> None:

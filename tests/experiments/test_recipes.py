@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import statistics
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from experiments import recipes
 from experiments.cli import main
 from experiments.recipe import plan_recipe
 from experiments.retrieval_choices import STUDY as CHOICES
-from experiments.retrieval_page import METRICS, read_runs, tables, write_datasets
+from experiments.retrieval_page import tables
+from experiments.retrieval_runs import METRICS, read_runs, write_datasets
 from experiments.shuffled_ties import shuffle_ties
 from experiments.table import flatten
 from genrec_jax.config import default_trial, trial_from_json
@@ -106,6 +108,9 @@ def write_trial(folder: Path, place: tuple[str, str, str], seed: int, draw: np.r
             "tested_step": 6 if original else 4,
             "dataset": "d",
             "train_seconds": 2.0,
+            "device": "abacus",
+            "finished": f"2026-01-0{1 + seed}",
+            "version/jax": "1.2",
         }
         tested = {k.removeprefix(part): v for k, v in lines[-1].items()} if original else metrics_of(draw)
         write["result.json"] = {**tested, **result}
@@ -142,7 +147,7 @@ def watched(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_the_table_holds_means_and_spreads_of_what_was_recorded(runs: Path) -> None:
-    recipe_table, choices = tables([runs])
+    recipe_table, choices = tables(read_runs([runs]))
     rows = {row[1]: row for row in recipe_table.rows}
     assert set(rows) == {"original, last", "original, best on test", "honest"}  # other data: nothing published
     tested = [result(runs / f"trials/o{seed}")["hr@10"] for seed in (0, 1)]
@@ -165,7 +170,7 @@ def test_the_page_holds_tables_and_curves(runs: Path, tmp_path: Path) -> None:
     page = tmp_path / "docs/retrieval.md"
     main(["results", str(runs), "--out", str(page)])
     text = page.read_text(encoding="utf-8")
-    for table in tables([runs]):
+    for table in tables(read_runs([runs])):
         assert table.markdown() in text
     (figure,) = page.parent.glob("*.svg")
     assert f"]({figure.name})" in text
@@ -178,11 +183,43 @@ def test_the_page_holds_tables_and_curves(runs: Path, tmp_path: Path) -> None:
     assert figure.read_text(encoding="utf-8") == before
 
 
+def test_records_stand_in_for_folders_that_are_gone(runs: Path, tmp_path: Path) -> None:
+    """A page of records and of a folder is the page of both folders, and its records are all finished trials."""
+    first, second = tmp_path / "first/trials", tmp_path / "second"
+    whole, kept, both = tmp_path / "whole.md", tmp_path / "kept.md", tmp_path / "both.md"
+    main(["results", str(runs), "--out", str(whole)])
+    shutil.copytree(runs, second)
+    first.mkdir(parents=True)
+    for name in ("o0", "p0", "h0"):
+        (second / "trials" / name).rename(first / name)
+    shutil.copy(runs / "datasets.json", first.parent)
+    main(["results", str(first.parent), "--out", str(kept)])
+    shutil.rmtree(first)
+    main(["results", str(kept.with_suffix(".jsonl")), str(second), "--out", str(both)])
+    assert both.read_text(encoding="utf-8").replace("both", "whole") == whole.read_text(encoding="utf-8")
+    assert "\n- 6 trials on abacus, 2026-01-01 to 2026-01-02: 0.0 h of training steps; jax 1.2\n" in whole.read_text()
+    records = both.with_suffix(".jsonl").read_bytes()
+    assert records == whole.with_suffix(".jsonl").read_bytes()
+    assert len(records.splitlines()) == 6  # what is still at work is not kept
+    main(["results", str(both.with_suffix(".jsonl")), "--out", str(both)])
+    assert both.with_suffix(".jsonl").read_bytes() == records
+
+
+def test_a_file_without_records_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("{", "[1]\n", '{"curve": {}}\n', '{"study": "recipes"}\n'):
+        (tmp_path / "r.jsonl").write_text(text, encoding="utf-8")
+        with pytest.raises(SystemExit, match="2"):
+            main(["results", str(tmp_path / "r.jsonl"), "--out", str(tmp_path / "page.md")])
+        said = capsys.readouterr().err
+        assert said == f"error: {tmp_path}/r.jsonl does not hold records of runs, as `genrec results` writes them\n"
+    assert not (tmp_path / "page.md").exists()
+
+
 def test_published_numbers_stand_beside_the_published_data(runs: Path) -> None:
     (digest,) = json.loads((runs / "datasets.json").read_text(encoding="utf-8"))
     entry = {"name": "ml-1m", "users": 6040, "items": 3883}
     (runs / "datasets.json").write_text(json.dumps({digest: entry}), encoding="utf-8")
-    first = tables([runs])[0].rows[0]
+    first = tables(read_runs([runs]))[0].rows[0]
     assert first[:5] == ("HSTU", "published", "unknown", "", "0.3097")
     assert first[-2:] == ("0.2606", "")
 

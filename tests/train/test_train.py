@@ -3,8 +3,11 @@
 import dataclasses
 import json
 import math
+import os
+import platform
 import time
 import types
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from genrec_jax.train import loop
 from genrec_jax.train.checkpoint import Checkpoints
 from genrec_jax.train.estimate import abstract_model, estimate, init_params, plan_account
 from genrec_jax.train.evaluate import Evaluator, evaluate, make_scorer
+from genrec_jax.train.hardware import device_name
 from genrec_jax.train.optimizer import make_optimizer, schedule
 from genrec_jax.train.step import bind, init_state, make_step
 from tests.data.helpers import random_dataset
@@ -276,8 +280,21 @@ def test_result_is_complete_and_consistent(sequences: Sequences, tmp_path: Path)
     assert result["train_flops"] == estimate(trial).flops
     assert result["flops_per_target"] * result["targets"] == pytest.approx(result["train_flops"])
     assert result["steps"] * 8 == result["rows"]
+    assert result["device"] == device_name()
+    assert abs(date.fromisoformat(result["finished"]) - datetime.now(UTC).date()) <= timedelta(days=1)
+    assert result["version/jax"] == jax.__version__
     for key in ("ne/click", "auc/like", "gauc", "ne", "validation/ne", "eval_set", "base_rate/click"):
         assert key in result
+
+
+def test_a_device_is_named_for_a_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "cpuinfo"
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5})
+    assert device_name(file) == f"{platform.machine()}, 2 cores"
+    file.write_text("processor\t: 0\nmodel name\t: Abacus 7\ncores\t: 1\n\nmodel name\t: Abacus 7\n", encoding="utf-8")
+    assert device_name(file) == "Abacus 7, 2 cores"
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3})
+    assert device_name(file) == "Abacus 7, 1 core"
 
 
 def test_the_account_follows_the_packing(sequences: Sequences) -> None:
