@@ -166,6 +166,7 @@ def _made(runs: Sequence[Run]) -> str:
 _ABOUT = (
     "Made by `genrec results`, from folders of `genrec recipe` and from [the records]({record}) of earlier runs, to "
     "which it adds. Every item of the catalogue is ranked, those of the visible history left out; ranks have no "
-    "cut-off in MRR (the public code counts ranks beyond 2,500 as 2,501). Users' events of equal time keep the order of the "
-    "log; the public code sorts them by an unstable sort. Which epoch the published numbers are of is not documented."
+    "cut-off in MRR (the public code counts ranks beyond 2,500 as 2,501). Users' events of equal time keep the order "
+    "of the log; the public code sorts them by an unstable sort. Which epoch the published numbers are of is not "
+    "documented."
 )
