@@ -1,4 +1,4 @@
-"""Checks and times the attention kernels on a GPU, and a training step: ``python3 benchmarks/gpu.py --out gpu.json``.
+"""Checks and times attention, training steps and a recipe on a GPU: ``python3 benchmarks/gpu.py --out gpu.json``.
 
 One process orders the jobs, keeps the time and writes the JSON file after each; another, replaced when it is lost,
 runs them. docs/benchmarks/gpu.md says how to read the result.
@@ -54,7 +54,12 @@ class Run:
 
 def main(arguments: list[str] | None = None) -> int:
     """0 when every job that was started passed or was refused with a reason; 1 when one failed; 2 without a GPU."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.data and not (options.data / "dataset.json").is_file():
+        parser.error(f"{options.data} is not a dataset folder, as `genrec data import` writes it")
+    if options.only == "recipe" and not options.data:
+        parser.error("--only recipe needs --data")
     header = {"driver": _driver(), "quick": options.quick, "minutes": options.minutes, "only": options.only}
     run = Run(options.out, options.minutes, header)
     try:
@@ -81,7 +86,7 @@ def _run_all(run: Run, options: argparse.Namespace) -> int:
 
     probes = [run.do(Job("probe", "can it run here", name)) for name in BACKENDS]
     usable = [probe["implementation"] for probe in probes if probe["status"] == "ok"]
-    for job in queue(usable, options.quick, options.only):
+    for job in queue(usable, options.quick, options.only, str(options.data or "")):
         run.do(job)
     failed = [r for r in run.records if r["status"] in ("failed", "stopped") or not r.get("passed", True)]
     return 1 if failed else 0
@@ -91,7 +96,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Checks and times the attention kernels and a training step on a GPU.")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("gpu.json"), help="written after every case")
     parser.add_argument("--minutes", type=float, default=9.0, help="time budget of the whole run (default: 9)")
-    parser.add_argument("--only", choices=("tests", "attention", "train"), help="one part alone")
+    parser.add_argument("--only", choices=("tests", "attention", "train", "recipe"), help="one part alone")
+    parser.add_argument("--data", type=pathlib.Path, help="imported MovieLens-1M: trains the HSTU-large recipe, too")
     parser.add_argument("--quick", action="store_true", help="a few tiny cases, on any machine")
     return parser
 

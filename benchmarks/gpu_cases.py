@@ -141,6 +141,8 @@ TARGETS = (
     Target(BIASED, "forward", times=1.3),
     Target(BIASED, "backward", times=1.4),
 )
+# The recipe that is trained where there are data, and the seconds it may take after compilation on an H200.
+RECIPE, RECIPE_SECONDS, QUICK_RECIPE = "ml-1m-hstu-large", 90.0, "ml-1m-sasrec"
 FIRST_SHAPES = (*MAIN, SHORT, BIASED)
 _RAGGED = (Shape(128, 4096, 64, layout="padded"), Shape(128, 4096, 64, layout="packed"))
 _RAGGED_BIASED = dataclasses.replace(_RAGGED[0], bias=True)
@@ -189,9 +191,12 @@ QUICK_CHECKS = {"targets, bias": Check((0, 1, 17, 40), (0, 0, 3, 0), bias=True)}
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One measurement, or one check; ``shape`` or ``check`` says of what, ``train`` names a model size."""
+    """One measurement, or one check; ``shape`` or ``check`` says of what.
 
-    section: Literal["ceilings", "probe", "tests", "attention", "train"]
+    case: a name; of "train" that of a model size, of "recipe" that of a recipe, which is trained on ``data``.
+    """
+
+    section: Literal["ceilings", "probe", "tests", "attention", "train", "recipe"]
     case: str
     implementation: str = ""
     direction: Direction | Literal[""] = ""
@@ -199,6 +204,7 @@ class Job:
     shape: Shape | None = None
     check: Check | None = None
     quick: bool = False
+    data: str = ""
 
     @property
     def title(self) -> str:
@@ -207,14 +213,15 @@ class Job:
     @property
     def seconds(self) -> float:
         """The longest it may take, compilation included."""
-        return {"train": 150.0, "ceilings": 60.0}.get(self.section, 75.0)
+        return {"train": 150.0, "recipe": 240.0, "ceilings": 60.0}.get(self.section, 75.0)
 
 
-def queue(backends: Iterable[str], quick: bool, only: str | None) -> list[Job]:
+def queue(backends: Iterable[str], quick: bool, only: str | None, data: str = "") -> list[Job]:
     """All jobs after the ceilings and the probes, the most important first.
 
     ``backends``: those that work on this machine. Checks of the kernels come before their times; then the shapes
-    with a target; then a training step; then the rest.
+    with a target; then a training step; then the rest. ``data``: the dataset of the recipe, which is trained after the
+    step; without one none is.
     """
     backends = list(backends)
     kernels = [name for name in backends if name not in PLAIN_BACKENDS]
@@ -224,6 +231,7 @@ def queue(backends: Iterable[str], quick: bool, only: str | None) -> list[Job]:
         jobs += _timings(QUICK_SHAPES[:1], [*backends, *RIVALS], quick)
         jobs += _timings(QUICK_SHAPES[1:], [*kernels, *plain[:1]], quick, ("forward", "planned", "backward"))
         jobs.append(Job("train", "tiny", quick=True))
+        jobs += [Job("recipe", QUICK_RECIPE, quick=True, data=data)] if data else []
     else:
         fast = kernels or plain[:1]
         later = later_shapes()
@@ -231,6 +239,7 @@ def queue(backends: Iterable[str], quick: bool, only: str | None) -> list[Job]:
             *_checks(kernels, CHECKS, quick),
             *_timings(FIRST_SHAPES, [*fast, "cudnn"], quick),
             Job("train", "middle"),
+            *([Job("recipe", RECIPE, data=data)] if data else []),
             *_timings(later[:3], fast, quick),
             *_timings((MAIN[0], BIASED, *_RAGGED), kernels, quick, ("planned",)),
             *_timings(FIRST_SHAPES, ["dense"], quick),

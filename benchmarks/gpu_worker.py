@@ -101,6 +101,10 @@ def _function(job: Job) -> Callable[[Job], Record]:
         from benchmarks.gpu_train import time_training
 
         return time_training
+    if job.section == "recipe":
+        from benchmarks.gpu_recipe import train_recipe
+
+        return train_recipe
     if job.section == "probe":
         return _probe
     from benchmarks.gpu_attention import time_attention

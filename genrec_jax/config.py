@@ -65,11 +65,11 @@ class TrainConfig:
     steps. warmup: share of the steps, linear. decay: of the learning rate after that: "cosine" to zero just after the
     trial's own last step, or "constant", none. embedding_learning_rate and embedding_weight_decay: the rule for tables.
     clip: largest global gradient norm, 0 for no limit. precision: compute type; parameters and optimiser state stay
-    float32. pieces: parts of a batch that are worked on one after another; empty ones are skipped. log_every: in steps.
-    checkpoint_every: in steps, but no sooner than checkpoint_seconds after the last one: a small model's step is
-    shorter than its checkpoint. validations: evaluations of the validation part, evenly spaced over the steps, the last
-    one after the last step. select: whose parameters are tested, the "last", or those of the "best" validation (by NE
-    or NDCG@10; the later of equals).
+    float32. pieces: parts of a batch that a CPU works on one after another, so that they stay in its caches; empty ones
+    are skipped. log_every: in steps. checkpoint_every: in steps, but no sooner than checkpoint_seconds after the last
+    one: a small model's step is shorter than its checkpoint. validations: evaluations of the validation part, evenly
+    spaced over the steps, the last one after the last step. select: whose parameters are tested, the "last", or those
+    of the "best" validation (by NE or NDCG@10; the later of equals).
     report_test: evaluate the test part after that; while settings are being chosen it is best left unread.
     """
 

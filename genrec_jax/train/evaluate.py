@@ -16,7 +16,7 @@ from genrec_jax.data.sequences import Sequences
 from genrec_jax.data.splits import Part
 from genrec_jax.models.base import Ranker, Retriever
 from genrec_jax.models.registry import Model
-from genrec_jax.train.step import bind
+from genrec_jax.train.step import bind, pieces_here
 
 _SCORES = 1 << 24  # that are held at a time
 
@@ -34,7 +34,7 @@ class Evaluator:
     def _cut(self, part: Part) -> EvaluationBatches:
         trial = self._trial
         # As in training, the parts of a batch are worked on one after another.
-        rows = trial.train.batch_rows // trial.train.pieces
+        rows = trial.train.batch_rows // pieces_here(trial.train)
         return evaluation_batches(self._sequences, trial.data, trial.model.goal, part, rows)
 
     def fingerprint(self, part: Part) -> str:

@@ -27,7 +27,7 @@ from genrec_jax.train.evaluate import Evaluator
 from genrec_jax.train.hardware import device_name, matmul_peak
 from genrec_jax.train.optimizer import make_optimizer, schedule
 from genrec_jax.train.record import MetricsLog, versions, write_json
-from genrec_jax.train.step import State, init_state, make_step
+from genrec_jax.train.step import State, init_state, make_step, pieces_here
 from genrec_jax.train.tensorboard import TensorBoard
 
 # What tells the better of two evaluations: the metric, and whether more or less of it is better.
@@ -139,7 +139,7 @@ class _Run:
         self._first_loss: float | None = None
         optimizer = make_optimizer(trial.train, counts.steps)
         self._state = init_state(params, optimizer, trial.seed)
-        self._step: Any = make_step(model, optimizer, trial.train.pieces)
+        self._step: Any = make_step(model, optimizer, pieces_here(trial.train))
         self._rate = schedule(trial.train.learning_rate, counts.steps, trial.train.warmup, trial.train.decay)
 
     def fit(self) -> tuple[State, str]:

@@ -10,6 +10,7 @@ import optax
 from flax import nnx
 
 from genrec_jax.batch import Batch
+from genrec_jax.config import TrainConfig
 from genrec_jax.models.registry import Model
 
 
@@ -40,12 +41,17 @@ def bind[M: Model](model: M, params: Any) -> M:
     return nnx.merge(graph, own, rest)
 
 
+def pieces_here(train: TrainConfig) -> int:
+    """Parts of a batch that this machine works on one after another: an accelerator takes it whole."""
+    return train.pieces if jax.default_backend() == "cpu" else 1
+
+
 def make_step(model: Model, optimizer: optax.GradientTransformation, pieces: int = 1) -> Step:
     """(state, batch) -> (next state, {loss: mean per target, targets, grad_norm}); the given state is consumed.
 
-    ``pieces`` > 1 sums the gradient over that many equal parts of the batch, one after another: less memory, and on a
-    CPU more speed, because a part's activations stay in the caches. A part without events is skipped. The mean is over
-    the targets of the whole batch.
+    ``pieces`` > 1 sums the gradient over that many equal parts of the batch, one after another, so that a part's
+    activations stay in a CPU's caches. A part without events is skipped. The mean is over the targets of the whole
+    batch.
     """
 
     def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
