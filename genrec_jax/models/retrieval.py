@@ -134,13 +134,13 @@ class NextItemRetriever(Retriever):
         return full_softmax(states, self.items(), target, weights, temperature=self.temperature) * count, count
 
     def cost(self, shape: Shape) -> Cost:
-        # The definition's products; multiplying by the whole table instead, where that is faster, is not counted.
         others = self.negatives or self.items_table.vocab - 2
         products = 2.0 * shape.history * self.width * (1 + others)
         return total(
             [
-                self.items_table.cost(shape.history * (2 + others)),
-                Cost(dense_params=self.positions.size),
+                self.items_table.cost(shape.history),
+                # Of the rows that the loss reads none is kept: it works on a few positions, or items, at a time.
+                Cost(dense_params=self.positions.size, embedding_reads=shape.history * (1 + others) * self.width),
                 self.stack.cost(ITEMS.row_tokens(shape), ITEMS.pairs(shape)),
                 Cost(flops=products, loss_flops=products),
             ]
