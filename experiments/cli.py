@@ -299,6 +299,21 @@ def export(
     export_command(trial, out, microbatch, cache_type)
 
 
+def weights(trial: Positional[Path], *, out: Path) -> None:
+    """Write a trained retrieval model's parameters by the names of the public PyTorch code (docs/parity.md).
+
+    Args:
+        trial: Folder of a trial of HSTU retrieval or SASRec.
+        out: File to write, .safetensors or .npz.
+    """
+    from genrec_jax.interop import save
+    from genrec_jax.train.loop import read_trial, restored
+    from genrec_jax.train.step import bind
+
+    _, model, params = restored(read_trial(trial), trial)
+    save(bind(model, params), out)
+
+
 def parity(files: Positional[tuple[Path, ...]] = ()) -> None:
     """Hold attention, models and training against golden vectors; exit code 1 when one is past its tolerance.
 
@@ -345,6 +360,7 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
     "compare": compare,
     "score": score,
     "export": export,
+    "weights": weights,
     "parity": parity,
     "sparsity": sparsity,
     "bench": bench,

@@ -1,7 +1,6 @@
 """The scorer: keeps what it heard of users, encodes what is new, scores candidates in microbatches."""
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -11,9 +10,7 @@ import numpy as np
 from scipy.special import expit
 
 from genrec_jax.batch import Batch
-from genrec_jax.config import Trial, trial_from_json
 from genrec_jax.data.schema import Feature, Schema
-from genrec_jax.data.sequences import digest_of
 from genrec_jax.errors import UserError
 from genrec_jax.models.registry import Model
 from genrec_jax.models.sequence import SequenceRanker
@@ -21,7 +18,7 @@ from genrec_jax.serve.cache import Entry, UserCache
 from genrec_jax.serve.catalogue import Catalogue
 from genrec_jax.serve.events import Events, Request, feature_shape, rows
 from genrec_jax.serve.programs import CacheType, Layers, Programs, hstu_blocks
-from genrec_jax.train.loop import restored
+from genrec_jax.train.loop import read_trial, restored
 
 GIB = 1 << 30
 
@@ -144,7 +141,7 @@ class Scorer:
     @classmethod
     def from_trial(cls, folder: Path, **options: Any) -> Self:
         """Of a trial's newest checkpoint; ``options`` as in :meth:`of`. Raises UserError if it holds no such trial."""
-        trial = _trial(folder)
+        trial = read_trial(folder)
         sequences, model, params = restored(trial, folder)
         catalogue = Catalogue.of(sequences)
         return cls.of(model, params, sequences.schema, trial.data.history, catalogue=catalogue, **options)
@@ -312,14 +309,3 @@ def _check_feature(feature: Feature, given: Mapping[str, np.ndarray], shape: tup
         raise UserError(f"the {whose} feature {feature.name!r} must be ids of shape {list(shape)}")
     if ids.size and not (ids.min() >= 0 and ids.max() < feature.vocab):
         raise UserError(f"the {whose} feature {feature.name!r} must be ids from 0 to {feature.vocab - 1}")
-
-
-def _trial(folder: Path) -> Trial:
-    try:
-        record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UserError(f"{folder} holds no trial: it has no config.json that can be read") from None
-    trial = trial_from_json(record)
-    if trial.data.digest and digest_of(trial.data.path) != trial.data.digest:
-        raise UserError(f"{folder} was trained on other data than {trial.data.path} holds now")
-    return trial

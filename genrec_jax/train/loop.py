@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from genrec_jax.config import Trial
+from genrec_jax.config import Trial, trial_from_json
 from genrec_jax.data.pipeline import TrainStream
-from genrec_jax.data.sequences import Sequences, load
+from genrec_jax.data.sequences import Sequences, digest_of, load
 from genrec_jax.data.splits import Part
 from genrec_jax.errors import UserError
 from genrec_jax.models.base import Goal
@@ -83,6 +83,18 @@ def train(trial: Trial, run_dir: Path, *, on_progress: Progress | None = None) -
     }
     write_json(run_dir / "result.json", result)
     return result
+
+
+def read_trial(folder: Path) -> Trial:
+    """The trial of a folder. Raises UserError if it holds none, or if its data are not those it was trained on."""
+    try:
+        record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"{folder} holds no trial: it has no config.json that can be read") from None
+    trial = trial_from_json(record)
+    if trial.data.digest and digest_of(trial.data.path) != trial.data.digest:
+        raise UserError(f"{folder} was trained on other data than {trial.data.path} holds now")
+    return trial
 
 
 def restored(trial: Trial, run_dir: Path) -> tuple[Sequences, Model, Any]:

@@ -147,8 +147,8 @@ def test_flops_agree_with_xla(name, monkeypatch):
     """Within 5 % on a case where products dominate: features of users and items, numeric ones, and retrieval's loss.
 
     The reference attention multiplies the whole square, so XLA's count is lowered by the pairs that no query sees.
-    Layers are unrolled here, the reference has no kernel that XLA could not look into, and the loss is one chunk of a loop
-    whose body XLA counts once.
+    Layers are unrolled here, the reference has no kernel that XLA could not look into, and the loss is one chunk of a
+    loop whose body XLA counts once.
     """
     monkeypatch.setattr(api, "_names", lambda implementation: ("reference",))
     monkeypatch.setattr(retrieval_loss, "_GATHERED_ROWS", (2**19, 2**19))
