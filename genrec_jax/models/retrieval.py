@@ -89,7 +89,7 @@ class NextItemRetriever(Retriever):
         return jnp.take_along_axis(self.states(batch, self.rows(batch), None), last[..., None], axis=1)
 
     def items(self) -> jax.Array:
-        return l2_normalise(self.items_table.rows_table[...].at[0].set(0.0))
+        return l2_normalise(self.items_table.rows())
 
     def loss(self, batch: Batch, rngs: nnx.Rngs) -> tuple[jax.Array, jax.Array]:
         rows = self.rows(batch)
@@ -122,8 +122,16 @@ class NextItemRetriever(Retriever):
         weights = (target > 0).astype(jnp.float32)
         count = jnp.sum(weights)
         log_q = jnp.asarray(self.popularity.log_q()) if self.logq and self.popularity is not None else None
+        if log_q is not None:
+            log_q = log_q.at[self.items_table.ids()].get(mode="clip")
         mean = sampled_softmax(
-            states, self.items(), target, weights, negatives, temperature=self.temperature, log_q=log_q
+            states,
+            self.items(),
+            self.items_table.places(target),
+            weights,
+            self.items_table.places(negatives),
+            temperature=self.temperature,
+            log_q=log_q,
         )
         return mean * count, count
 

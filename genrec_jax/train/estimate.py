@@ -17,6 +17,7 @@ from genrec_jax.models import registry
 from genrec_jax.models.base import Build, Ranker
 from genrec_jax.models.registry import Model
 from genrec_jax.nn.cost import Cost
+from genrec_jax.nn.embedding import tables
 from genrec_jax.retrieval_loss import Popularity
 from genrec_jax.train.hardware import matmul_peak
 
@@ -35,7 +36,7 @@ class Account:
     candidates, or a retriever every item of the corpus for one user. train_flops: 3 x forward FLOPs of every row
     trained, its loss and padding included, but for rows that packing leaves empty. active_params: dense parameters plus
     the embedding scalars that a trained row reads, at most as many as the tables hold. memory_bytes: parameters,
-    gradients, two moments and one batch's activations.
+    gradients, the optimiser's moments and one batch's activations.
     """
 
     steps: int
@@ -122,7 +123,7 @@ def account(trial: Trial, model: Model, stream: TrainStream) -> Account:
         embedding_params=row.embedding_params,
         active_params=row.active_params,
         activation_bytes=row.activation_bytes * trial.train.batch_rows,
-        memory_bytes=_memory(row, trial.train.batch_rows),
+        memory_bytes=_memory(trial, model, row),
     )
 
 
@@ -140,8 +141,16 @@ def flops_per_candidate(trial: Trial, model: Model) -> float:
     return forward / (rows - 1) + 2.0 * width  # row 0 is padding, not an item
 
 
-def _memory(row: Cost, batch_rows: int) -> float:
-    return 16.0 * (row.dense_params + row.embedding_params) + row.activation_bytes * batch_rows
+def _memory(trial: Trial, model: Model, row: Cost) -> float:
+    """In float32: AdamW keeps two moments; a row-wise rule one per row, rowwise_adamw one per entry beside it, and of
+    gradients those of the rows at hand."""
+    rule, batch_rows = trial.train.embedding_optimizer, trial.train.batch_rows
+    held = 16.0 * row.dense_params + row.activation_bytes * batch_rows
+    if rule == "adamw":
+        return held + 16.0 * row.embedding_params
+    at_hand = min(row.embedding_reads * batch_rows, row.embedding_params)
+    per_entry = 8.0 if rule == "rowwise_adamw" else 4.0
+    return held + per_entry * row.embedding_params + 4.0 * sum(t.vocab for t in tables(model).values()) + 8.0 * at_hand
 
 
 def plan_account(trial: Trial) -> Account:

@@ -25,7 +25,7 @@ from genrec_jax.train.checkpoint import Checkpoints
 from genrec_jax.train.estimate import Account, abstract_model, account, init_params
 from genrec_jax.train.evaluate import Evaluator
 from genrec_jax.train.hardware import device_name, matmul_peak
-from genrec_jax.train.optimizer import make_optimizer, schedule
+from genrec_jax.train.optimizer import make_optimizer, make_row_rule, schedule
 from genrec_jax.train.record import MetricsLog, versions, write_json
 from genrec_jax.train.step import State, init_state, make_step, pieces_here
 from genrec_jax.train.tensorboard import TensorBoard
@@ -103,7 +103,9 @@ def restored(trial: Trial, run_dir: Path) -> tuple[Sequences, Model, Any]:
     Raises UserError for unusable data, or if the folder has no checkpoint.
     """
     sequences = load(trial.data.path)
-    like = init_state(init_params(trial, sequences.schema), make_optimizer(trial.train, 1), trial.seed)
+    like = init_state(
+        init_params(trial, sequences.schema), make_optimizer(trial.train, 1), trial.seed, make_row_rule(trial.train, 1)
+    )
     folder = run_dir / "checkpoints"
     found = None
     if folder.is_dir():
@@ -150,8 +152,9 @@ class _Run:
         self._started = time.perf_counter()
         self._first_loss: float | None = None
         optimizer = make_optimizer(trial.train, counts.steps)
-        self._state = init_state(params, optimizer, trial.seed)
-        self._step: Any = make_step(model, optimizer, pieces_here(trial.train))
+        tables = make_row_rule(trial.train, counts.steps)
+        self._state = init_state(params, optimizer, trial.seed, tables)
+        self._step: Any = make_step(model, optimizer, pieces_here(trial.train), tables)
         self._rate = schedule(trial.train.learning_rate, counts.steps, trial.train.warmup, trial.train.decay)
 
     def fit(self) -> tuple[State, str]:

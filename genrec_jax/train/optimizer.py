@@ -8,6 +8,7 @@ import numpy as np
 import optax
 
 from genrec_jax.config import TrainConfig
+from genrec_jax.train.rows import RowRule
 
 Decay = Literal["cosine", "constant"]
 
@@ -43,8 +44,19 @@ def schedule(peak: float, steps: int, warmup: float, decay: Decay = "cosine") ->
     return rate
 
 
+def make_row_rule(config: TrainConfig, steps: int) -> RowRule | None:
+    """The row-wise rule of a trial's tables, if it has one."""
+    if config.embedding_optimizer == "adamw":
+        return None
+    rate = schedule(config.embedding_learning_rate, steps, config.warmup, config.decay)
+    return RowRule(config.embedding_optimizer, rate, config.embedding_weight_decay, config.beta1, config.beta2)
+
+
 def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformation:
-    """The optimiser of a trial of ``steps`` steps; weight decay is decoupled and spares biases and norms."""
+    """The optimiser of a trial of ``steps`` steps; weight decay is decoupled and spares biases and norms.
+
+    Gradients of tables that have a row-wise rule pass through: clipped, not yet applied.
+    """
 
     def adamw(rate: float, weight_decay: float) -> optax.GradientTransformation:
         return optax.adamw(
@@ -60,7 +72,9 @@ def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformat
 
     rules = {
         "dense": adamw(config.learning_rate, config.weight_decay),
-        "table": adamw(config.embedding_learning_rate, config.embedding_weight_decay),
+        "table": adamw(config.embedding_learning_rate, config.embedding_weight_decay)
+        if config.embedding_optimizer == "adamw"
+        else optax.identity(),
     }
     clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
     return optax.chain(clip, optax.partition(rules, label))

@@ -33,7 +33,7 @@ from genrec_jax.train.checkpoint import Checkpoints
 from genrec_jax.train.estimate import abstract_model, estimate, init_params, plan_account
 from genrec_jax.train.evaluate import Evaluator, evaluate, make_scorer
 from genrec_jax.train.hardware import device_name
-from genrec_jax.train.optimizer import make_optimizer, schedule
+from genrec_jax.train.optimizer import make_optimizer, make_row_rule, schedule
 from genrec_jax.train.step import bind, init_state, make_step
 from tests.data.helpers import random_dataset
 from tests.train.helpers import Stopped, lines, trial_of, untimed
@@ -142,7 +142,8 @@ def board(run: Path) -> dict[str, list[tuple[int, float]]]:
 
 def end(run: Path, trial: Trial, sequences: Sequences) -> list[np.ndarray]:
     """The parameters of the last checkpoint."""
-    like = init_state(init_params(trial, sequences.schema), make_optimizer(trial.train, 12), 0)
+    rule = make_row_rule(trial.train, 12)
+    like = init_state(init_params(trial, sequences.schema), make_optimizer(trial.train, 12), 0, rule)
     kept = Checkpoints(run / "checkpoints")
     restored = kept.restore(like)
     kept.close()
@@ -151,10 +152,11 @@ def end(run: Path, trial: Trial, sequences: Sequences) -> list[np.ndarray]:
     return [np.asarray(x) for x in jax.tree.leaves(restored[1].params)]
 
 
+ROW_WISE = {"train.embedding_optimizer": "rowwise_adamw"}
 THINNED = {"data.segments": 3, "data.stochastic_length": 1.2, "model.heads": 2}
 
 
-@pytest.mark.parametrize(("model", "settings"), [("hstu", THINNED), ("dlrm", {})])
+@pytest.mark.parametrize(("model", "settings"), [("hstu", THINNED), ("dlrm", {}), ("dlrm", ROW_WISE)])
 def test_resumed_equals_uninterrupted(sequences: Sequences, tmp_path: Path, model: str, settings: dict) -> None:
     """Killed after the checkpoint at step 5, the run ends with the very numbers of a run that was left alone."""
     trial = trial_of(sequences, model, **settings)
