@@ -78,6 +78,21 @@ def _thinning(data: Path | None) -> list[str]:
     ]
 
 
+def _tables(data: Path | None) -> list[str]:
+    from experiments.bench.tables import WIDTH, run
+
+    found = run()
+    least = found[min(found)]
+    lines = [
+        f"{rows:,} rows of {WIDTH}: {own['ms']:.1f} ms a step, {own['ms'] / least['ms']:.2f}x the smallest table's; "
+        f"table and state {own['held'] / 2**30:.2f} GiB, peak {own['peak'] / 2**30:.2f} GiB"
+        for rows, own in found.items()
+    ]
+    most, base = found[max(found)], least["peak"] - least["held"]
+    beside = (most["peak"] - base) / most["held"]
+    return [*lines, f"a process without table takes {base / 2**30:.2f} GiB; the rest is {beside:.2f}x what is held"]
+
+
 def _serving(data: Path | None) -> Iterator[str]:
     from experiments.bench.serving import run
 
@@ -92,6 +107,7 @@ _BENCHMARKS: dict[str, Callable[[Path | None], Iterable[str]]] = {
     "overhead": _overhead,
     "attention": _attention,
     "thinning": _thinning,
+    "tables": _tables,
     "serving": _serving,
 }
 

@@ -15,6 +15,22 @@ from genrec_jax.nn.cost import Cost
 _recorded: ContextVar[dict[int, list[jax.Array]] | None] = ContextVar("recorded", default=None)
 
 
+_BLOCK = 2**18  # rows drawn at a time
+
+
+def _initial(key: jax.Array, vocab: int, dim: int, scale: float) -> jax.Array:
+    """Normal of deviation ``scale``, cut at two of them: [vocab, dim]. A large table is drawn in place, block by block:
+    what a draw needs beside its result is several times as large."""
+    if vocab <= _BLOCK:
+        return scale * jax.random.truncated_normal(key, -2.0, 2.0, (vocab, dim))
+
+    def block(n: jax.Array, table: jax.Array) -> jax.Array:
+        drawn = scale * jax.random.truncated_normal(jax.random.fold_in(key, n), -2.0, 2.0, (_BLOCK, dim))
+        return jax.lax.dynamic_update_slice(table, drawn, (jnp.minimum(n * _BLOCK, vocab - _BLOCK), 0))
+
+    return jax.lax.fori_loop(0, -(-vocab // _BLOCK), block, jnp.zeros((vocab, dim)))
+
+
 class Held(nnx.Variable):
     """Which rows a table holds that holds a few alone: their ids [U] int32, ascending, each once."""
 
@@ -39,7 +55,7 @@ class Table(nnx.Module):
         self.dim = dim
         self.dtype = dtype
         scale = dim**-0.5 if std is None else std
-        self.rows_table = nnx.Param(scale * jax.random.truncated_normal(rngs.params(), -2.0, 2.0, (vocab, dim)))
+        self.rows_table = nnx.Param(_initial(rngs.params(), vocab, dim, scale))
         self.held: Held | None = nnx.data(None)
 
     def __call__(self, ids: jax.Array) -> jax.Array:

@@ -16,7 +16,8 @@ from genrec_jax.data.pipeline import TrainStream
 from genrec_jax.data.schema import Schema
 from genrec_jax.data.sequences import Sequences
 from genrec_jax.errors import UserError
-from genrec_jax.nn.embedding import tables
+from genrec_jax.nn import embedding
+from genrec_jax.nn.embedding import Table, tables
 from genrec_jax.retrieval_loss import Popularity
 from genrec_jax.train.estimate import abstract_model, init_params, plan_account
 from genrec_jax.train.optimizer import is_table, make_optimizer, make_row_rule
@@ -175,6 +176,17 @@ def test_a_step_holds_nothing_of_a_tables_size() -> None:
     table = 4 * 16 * 10**7
     assert memory.alias_size_in_bytes > table
     assert memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes < table / 1000
+
+
+def test_a_large_table_is_drawn_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a small one is, in distribution: every row, also where the last block does not fit, and none twice."""
+    monkeypatch.setattr(embedding, "_BLOCK", 300)
+    drawn = np.asarray(Table(1000, 8, std=0.5, rngs=nnx.Rngs(0)).rows_table[...])
+    assert drawn.shape == (1000, 8)
+    assert len(np.unique(drawn)) > 0.999 * drawn.size
+    assert np.abs(drawn).max() <= 1.0
+    assert drawn.std() == pytest.approx(0.5 * 0.8796, rel=0.02)  # of a normal cut at two deviations
+    assert abs(np.corrcoef(drawn[:300].ravel(), drawn[300:600].ravel())[0, 1]) < 0.1
 
 
 def test_the_account_counts_what_each_rule_keeps(sequences: Sequences) -> None:
