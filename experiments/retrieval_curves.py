@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from experiments.recipe import STUDY
-from experiments.recipes import read
+from experiments.recipes import in_order, read
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +29,7 @@ def curve_figures(runs: Sequence["Run"], metric: str = "hr@10") -> dict[str, tup
             groups.setdefault((run.digest, run.epochs), []).append(run)
     found = {}
     for (digest, epochs), group in groups.items():
-        titles = ", ".join(dict.fromkeys(read(run.family).title for run in group))
+        titles = ", ".join(read(name).title for name in in_order(run.family for run in group))
         alt = f"{metric.upper()} by epoch: {titles}"
         svg = styled(lambda own=group, title=alt: render(draw(own, metric), title))()
         found[f"{digest}-{epochs:g}"] = (alt, svg)
@@ -40,12 +40,13 @@ def draw(runs: Sequence["Run"], metric: str) -> "Figure":
     """The figure of one dataset; call it inside `scaling.style.styled`."""
     from matplotlib.figure import Figure
 
-    names = list(dict.fromkeys(run.family for run in runs))
+    names = in_order(run.family for run in runs)
     figure = Figure(figsize=(max(_PANEL[0] * len(names), 6), _PANEL[1]), layout="constrained")
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for axes, name in zip(panels, names, strict=True):
         _panel(axes, [run for run in runs if run.family == name], metric)
     panels[0].set_ylabel(metric.upper())
+    panels[0].set_ylim(bottom=0)  # last: the panels share it, and it fixes the top
     figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=4)
     return figure
 
@@ -69,4 +70,3 @@ def _panel(axes: "Axes", runs: Sequence["Run"], metric: str) -> None:
     axes.set_title(recipe.title)
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylim(bottom=0)

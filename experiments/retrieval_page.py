@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.recipe import STUDY
-from experiments.recipes import read
+from experiments.recipes import in_order, read
 from experiments.retrieval_choices import REFERENCE
 from experiments.retrieval_choices import STUDY as CHOICES
 from experiments.retrieval_runs import CHOSEN_BY, METRICS, Run, read_runs, write_runs
@@ -45,7 +45,7 @@ def tables(runs: Sequence[Run]) -> list[Table]:
 
 def _recipe_table(runs: list[Run], data: dict[str, Any], epochs: float) -> Table:
     rows: list[tuple[str, ...]] = []
-    for name in dict.fromkeys(run.family for run in runs):
+    for name in in_order(run.family for run in runs):
         recipe = read(name)
         if recipe.is_of(data):
             published = [f"{recipe.published[m]:.4f}" if m in recipe.published else "" for m in METRICS]

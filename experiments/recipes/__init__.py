@@ -6,7 +6,7 @@ but what a run decides (:data:`LEFT_OPEN`), and the numbers its authors publishe
 
 import dataclasses
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -62,6 +62,11 @@ class Recipe:
 
 def names() -> list[str]:
     return sorted(path.stem for path in _FOLDER.glob("*.toml"))
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Each of the recipes once, the weakest first by what was published."""
+    return sorted(set(names), key=lambda name: read(name).published["hr@10"])
 
 
 def read(name: str) -> Recipe:
