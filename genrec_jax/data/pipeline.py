@@ -91,6 +91,18 @@ class TrainStream:
         events = row_tables.target_events(self._kind, self._table)
         return np.bincount(np.asarray(self._sequences.item)[events], minlength=self._sequences.schema.items)
 
+    def seen_items(self) -> np.ndarray:
+        """[items] bool: whether any training row holds the item, as history or as a candidate."""
+        table, events = self._table, self._sequences.events
+        # Rows are ranges of events: +1 where one begins, -1 where it ends.
+        edges = np.zeros(events + 1, np.int64)
+        for start, stop in ((table.history_start, table.history_stop), (table.target_start, table.target_stop)):
+            np.add.at(edges, start, 1)
+            np.add.at(edges, stop, -1)
+        seen = np.zeros(self._sequences.schema.items, bool)
+        seen[np.asarray(self._sequences.item)[np.cumsum(edges[:-1]) > 0]] = True
+        return seen
+
     def get_state(self) -> dict[str, int | float | str]:
         """JSON-serialisable state: the batches delivered so far, and what they were cut from."""
         return {"batch": self._next, **self._identity}
@@ -166,12 +178,17 @@ class EvaluationBatches:
         table = _evaluation_table(sequences, config, goal, part)
         self.impressions = table.candidates
         self.fingerprint = _fingerprint(sequences, part, table)
+        self._items = np.asarray(sequences.item)[_targets(table)]
         segments = config.segments if goal == "retrieval" else 1
         self._assemble = Assembler(sequences, table, Shape(config.history, config.candidates, segments))
         plan = plan_segments(table.history_length, config.history, segments, seed=0)
         self._plan = np.full((-(-len(plan) // batch_rows) * batch_rows, segments), EMPTY, np.int64)
         self._plan[: len(plan)] = plan
         self._batch_rows = batch_rows
+
+    def unseen(self, seen: np.ndarray) -> int:
+        """How many of the impressions are of items that ``seen`` [items] has not."""
+        return int((~seen[self._items]).sum())
 
     def __len__(self) -> int:
         return len(self._plan) // self._batch_rows
@@ -208,9 +225,14 @@ def evaluation_events(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The evaluated impressions: event indices [M] and, for each, the event at which its request begins [M], int64."""
     rows = _evaluation_table(sequences, config, goal, part)
+    return _targets(rows), np.repeat(rows.history_stop, rows.target_stop - rows.target_start)
+
+
+def _targets(rows: RowTable) -> np.ndarray:
+    """Event indices [M] of the candidates of all rows."""
     counts = rows.target_stop - rows.target_start
     within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    return np.repeat(rows.target_start, counts) + within, np.repeat(rows.history_stop, counts)
+    return np.repeat(rows.target_start, counts) + within
 
 
 def _evaluation_table(sequences: Sequences, config: DataConfig, goal: Goal, part: Part) -> RowTable:

@@ -41,6 +41,10 @@ class Evaluator:
         """Which impressions the part holds; see :func:`evaluation_fingerprint`."""
         return self._batches(part).fingerprint
 
+    def unseen(self, part: Part, seen: np.ndarray) -> int:
+        """How many of the part's impressions are of items that training has not ``seen`` [items]."""
+        return self._batches(part).unseen(seen)
+
     def __call__(self, params: Any, part: Part) -> dict[str, float]:
         """As :func:`evaluate`. Raises UserError naming the dataset and the part if it is empty."""
         return evaluate(self._model, self._scorer, params, self._batches(part), self._sequences.schema.tasks)

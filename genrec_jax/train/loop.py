@@ -68,6 +68,7 @@ def train(trial: Trial, run_dir: Path, *, on_progress: Progress | None = None) -
             board.scalars(_floats(result), counts.steps)
             evaluated: Part = "test" if trial.train.report_test else "validation"
             result |= run.validation | {"eval_set": evaluator.fingerprint(evaluated), "tested_step": run.tested_step}
+            result["unseen_impressions"] = evaluator.unseen(evaluated, stream.seen_items())
     result |= {
         "train_seconds": run.train_seconds,
         "compile_seconds": run.compile_seconds,

@@ -10,6 +10,8 @@ from genrec_jax.config import DataConfig
 from genrec_jax.data import splits
 from genrec_jax.data.passes import shuffled
 from genrec_jax.data.pipeline import TrainStream, evaluation_batches, evaluation_fingerprint
+from genrec_jax.data.schema import Schema
+from genrec_jax.data.sequences import save
 from genrec_jax.errors import UserError
 from tests.data.helpers import dataset, random_dataset
 
@@ -87,6 +89,37 @@ def test_target_counts_are_those_of_one_pass(sequences, stream_of, kind):
         np.add.at(counts, items, 1)
     np.testing.assert_array_equal(stream.target_counts(), counts)
     assert counts.sum() == stream.passes[0].tally.targets
+
+
+@pytest.mark.parametrize("goal_and_kind", [("ranking", "requests"), ("ranking", "windows"), ("retrieval", "users")])
+def test_unseen_impressions_are_of_items_no_training_row_holds(tmp_path, goal_and_kind):
+    """By hand over the batches; a third of the users are trained on, and items come again."""
+    goal, kind = goal_and_kind
+    log = random_dataset(tmp_path / "log")
+    made = save(
+        tmp_path / "repeated",
+        name="repeated",
+        schema=Schema(items=101, tasks=log.schema.tasks),
+        origin=0,
+        offsets=log.offsets,
+        item=np.random.default_rng(1).integers(1, 101, log.events),
+        time=np.asarray(log.time),
+        labels=np.asarray(log.labels),
+        features={},
+    )
+    config = dataclasses.replace(CONFIG, fraction=0.3)
+    stream = TrainStream(made, config, kind, 1, seed=0)
+    seen = {0}
+    for batch in take(stream, int(stream.passes.rows(1))):
+        seen |= set(batch.history.item.ravel().tolist()) | set(batch.candidates.item.ravel().tolist())
+    stream.close()
+    found = stream.seen_items()
+    assert set(np.flatnonzero(found).tolist()) == seen - {0}
+    batches = evaluation_batches(made, config, goal, "test", 4)
+    shown = [item for _, item, *_ in impressions(batches)]
+    unseen = sum(item not in seen for item in shown)
+    assert 0 < unseen < len(shown)
+    assert batches.unseen(found) == unseen
 
 
 def test_a_batch_packed_by_itself_is_as_many_users(sequences, stream_of):
