@@ -306,12 +306,14 @@ def weights(trial: Positional[Path], *, out: Path) -> None:
         trial: Folder of a trial of HSTU retrieval or SASRec.
         out: File to write, .safetensors or .npz.
     """
+    import jax
+
     from genrec_jax.interop import save
     from genrec_jax.train.loop import read_trial, restored
     from genrec_jax.train.step import bind
 
     _, model, params = restored(read_trial(trial), trial)
-    save(bind(model, params), out)
+    save(bind(model, jax.tree.map(lambda x: x.astype("float32"), params)), out)
 
 
 def parity(files: Positional[tuple[Path, ...]] = ()) -> None:

@@ -68,12 +68,14 @@ class TrainConfig:
     steps. warmup: share of the steps, linear. decay: of the learning rate after that: "cosine" to zero just after the
     trial's own last step, or "constant", none. embedding_learning_rate and embedding_weight_decay: of tables;
     embedding_optimizer: theirs, AdamW of every row in every step, or one by the row that moves only those a batch reads
-    (:mod:`genrec_jax.train.rows`). clip: largest global gradient norm, 0 for no limit. precision: compute type;
-    parameters and optimiser state stay float32. pieces: parts of a batch that a CPU works on one after another, so that
-    they stay in its caches; empty ones are skipped. log_every: in steps. checkpoint_every: in steps, but no sooner than
-    checkpoint_seconds after the last one: a small model's step is shorter than its checkpoint. validations: evaluations
-    of the validation part, evenly spaced over the steps, the last one after the last step. select: whose parameters are
-    tested, the "last", or those of the "best" validation (by NE or NDCG@10; the later of equals).
+    (:mod:`genrec_jax.train.rows`); embedding_precision: of the rows that such a rule keeps; they are read and moved in
+    float32 and rounded to bfloat16 at random, so that small steps add up. clip: largest global gradient norm, 0 for no
+    limit. precision: compute type; parameters and optimiser state stay float32. pieces: parts of a batch that a CPU
+    works on one after another, so that they stay in its caches; empty ones are skipped. log_every: in steps.
+    checkpoint_every: in steps, but no sooner than checkpoint_seconds after the last one: a small model's step is
+    shorter than its checkpoint. validations: evaluations of the validation part, evenly spaced over the steps, the last
+    one after the last step. select: whose parameters are tested, the "last", or those of the "best" validation (by NE
+    or NDCG@10; the later of equals).
     report_test: evaluate the test part after that; while settings are being chosen it is best left unread.
     """
 
@@ -83,6 +85,7 @@ class TrainConfig:
     learning_rate: float = 1e-3
     embedding_learning_rate: float = 1e-3
     embedding_optimizer: EmbeddingOptimizer = "adamw"
+    embedding_precision: Literal["float32", "bfloat16"] = "float32"
     warmup: float = 0.05
     decay: Literal["cosine", "constant"] = "cosine"
     weight_decay: float = 0.01
@@ -226,6 +229,11 @@ def check(trial: Trial) -> None:
         raise UserError(
             f"configuration key 'train.embedding_optimizer' cannot be {train.embedding_optimizer!r} with "
             "model.negatives=0: the full softmax reads and moves every row"
+        )
+    if train.embedding_optimizer == "adamw" and train.embedding_precision != "float32":
+        raise UserError(
+            "configuration key 'train.embedding_precision' can be 'bfloat16' with a row-wise train.embedding_optimizer "
+            "alone"
         )
     shares = {"data.fraction": data.fraction, "data.validation": data.validation, "data.test": data.test}
     for key, value in shares.items():

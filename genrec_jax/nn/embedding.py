@@ -72,8 +72,10 @@ class Table(nnx.Module):
         return ids if self.held is None else jnp.searchsorted(self.held[...], ids).astype(jnp.int32)
 
     def rows(self) -> jax.Array:
-        """The rows that the table holds [U, dim], padding zero."""
-        return jnp.where((self.ids() > 0)[:, None], self.rows_table[...], 0)
+        """The rows that the table holds [U, dim], in at least float32, padding zero."""
+        rows = self.rows_table[...]
+        wide = rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
+        return jnp.where((self.ids() > 0)[:, None], wide, 0)
 
     def ids(self) -> jax.Array:
         """Whose rows they are [U]: all of them, unless the table holds a few."""

@@ -20,6 +20,7 @@ from genrec_jax.nn.cost import Cost
 from genrec_jax.nn.embedding import tables
 from genrec_jax.retrieval_loss import Popularity
 from genrec_jax.train.hardware import matmul_peak
+from genrec_jax.train.rows import is_rows
 
 # Only for the expected time of a dry run: what a step costs besides its products, and the share of the machine's matmul
 # rate these reach. Measured over the comparison's ladder on a CPU, where shares lie between 0.14 and 0.6 by family.
@@ -81,7 +82,11 @@ def init_params(trial: Trial, schema: Schema) -> Any:
     """The trial's initial parameters, a pure tree. The seed is an argument of the compiled program, not part of it."""
 
     def init(key: jax.Array) -> Any:
-        return nnx.to_pure_dict(nnx.state(_build(trial, schema, nnx.Rngs(key)), nnx.Param))
+        params = nnx.to_pure_dict(nnx.state(_build(trial, schema, nnx.Rngs(key)), nnx.Param))
+        return jax.tree_util.tree_map_with_path(kept, params)
+
+    def kept(path: tuple, value: jax.Array) -> jax.Array:
+        return value.astype(trial.train.embedding_precision) if is_rows(path) else value
 
     return jax.jit(init)(jax.random.key(trial.seed))
 
@@ -149,7 +154,7 @@ def _memory(trial: Trial, model: Model, row: Cost) -> float:
     if rule == "adamw":
         return held + 16.0 * row.embedding_params
     at_hand = min(row.embedding_reads * batch_rows, row.embedding_params)
-    per_entry = 8.0 if rule == "rowwise_adamw" else 4.0
+    per_entry = jnp.dtype(trial.train.embedding_precision).itemsize + (4.0 if rule == "rowwise_adamw" else 0.0)
     return held + per_entry * row.embedding_params + 4.0 * sum(t.vocab for t in tables(model).values()) + 8.0 * at_hand
 
 

@@ -103,7 +103,8 @@ def lookups(model: Model, batch: Batch, rngs: nnx.Rngs) -> dict[Place, jax.Array
 def hold_rows(params: Any, ids: dict[Place, jax.Array]) -> tuple[Any, dict[Place, Holding]]:
     """The parameters with the rows of ``ids`` in place of each table that is asked for any, and which these are."""
     held = {path: holding(asked.reshape(-1), len(rows_of(params, path))) for path, asked in ids.items()}
-    return with_rows(params, {path: own.take(rows_of(params, path)) for path, own in held.items()}), held
+    at_hand = {path: own.take(rows_of(params, path)).astype(jnp.float32) for path, own in held.items()}
+    return with_rows(params, at_hand), held
 
 
 def told(model: Model, held: dict[Place, Holding]) -> Model:
@@ -117,24 +118,45 @@ def told(model: Model, held: dict[Place, Holding]) -> Model:
 def row_states(rule: RowRule, params: Any) -> dict[str, RowState]:
     """The state of every table before the first step."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {
-        _name(tuple(key.key for key in path[:-1])): rule.init(leaf)
-        for path, leaf in leaves
-        if path[-1].key == "rows_table"
-    }
+    return {_name(tuple(key.key for key in path[:-1])): rule.init(leaf) for path, leaf in leaves if is_rows(path)}
+
+
+def is_rows(path: tuple) -> bool:
+    """Whether a parameter's tree path leads to the rows of a table."""
+    return path[-1].key == "rows_table"
 
 
 def move_rows(
-    rule: RowRule, params: Any, states: dict[str, RowState], held: dict[Place, Holding], grads: Any, step: jax.Array
+    rule: RowRule,
+    params: Any,
+    states: dict[str, RowState],
+    held: dict[Place, Holding],
+    grads: Any,
+    step: jax.Array,
+    key: jax.Array,
 ) -> tuple[dict[Place, jax.Array], dict[str, RowState]]:
-    """The tables after a step and their states; ``grads`` has the rows at hand in place of each table."""
+    """The tables after a step and their states; ``grads`` has the rows at hand in place of each table. ``key``: of the
+    rounding to bfloat16."""
     moved, states = {}, dict(states)
-    for path, own in held.items():
+    for number, (path, own) in enumerate(held.items()):
         table, state = rows_of(params, path), states[_name(path)]
-        rows, taken = rule.move(own.take(table), rows_of(grads, path), jax.tree.map(own.take, state), step)
+        at_hand = own.take(table).astype(jnp.float32)
+        rows, taken = rule.move(at_hand, rows_of(grads, path), jax.tree.map(own.take, state), step)
+        if table.dtype == jnp.bfloat16:
+            rows = round_at_random(rows, jax.random.fold_in(key, number))
         moved[path] = own.put(table, rows)
         states[_name(path)] = jax.tree.map(own.put, state, taken)
     return moved, states
+
+
+def round_at_random(x: jax.Array, key: jax.Array) -> jax.Array:
+    """float32 -> a bfloat16 neighbour, the nearer the likelier, so that the mean is x (Gupta et al., ICML 2015).
+
+    To the nearest, a step below 2^-9 of a row's entry would be lost every time.
+    """
+    below = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + below
+    return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
 
 
 def _name(path: Place) -> str:

@@ -103,7 +103,8 @@ def make_step(
         updates, opt = optimizer.update(grads, state.opt if tables is None else state.opt["dense"], params)
         moved = optax.apply_updates(params, updates)
         if tables is not None:
-            whole, rows = move_rows(tables, state.params, state.opt["rows"], held, updates, state.step)
+            own = jax.random.fold_in(key, 2)
+            whole, rows = move_rows(tables, state.params, state.opt["rows"], held, updates, state.step, own)
             moved, opt = with_rows(moved, whole), {"dense": opt, "rows": rows}
         metrics = {"loss": total * share, "targets": targets, "grad_norm": optax.tree.norm(grads)}
         return State(moved, opt, state.step + 1, state.key), metrics

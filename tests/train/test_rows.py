@@ -21,7 +21,7 @@ from genrec_jax.nn.embedding import Table, tables
 from genrec_jax.retrieval_loss import Popularity
 from genrec_jax.train.estimate import abstract_model, init_params, plan_account
 from genrec_jax.train.optimizer import is_table, make_optimizer, make_row_rule
-from genrec_jax.train.rows import RowRule, holding, lookups, rows_of
+from genrec_jax.train.rows import RowRule, holding, lookups, round_at_random, rows_of
 from genrec_jax.train.step import State, bind, init_state, make_step
 from tests.data.helpers import random_dataset
 from tests.models.gr_helpers import random_batch
@@ -176,6 +176,44 @@ def test_a_step_holds_nothing_of_a_tables_size() -> None:
     table = 4 * 16 * 10**7
     assert memory.alias_size_in_bytes > table
     assert memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes < table / 1000
+
+
+def test_rounding_at_random_keeps_the_mean() -> None:
+    x = jnp.array([1.0, -1.0 - 2**-9, 3.14159, -1e-20, 0.0], jnp.float32)
+    drawn = jax.vmap(lambda key: round_at_random(x, key))(jax.random.split(jax.random.key(0), 20000))
+    assert drawn.dtype == jnp.bfloat16
+    assert (np.abs(np.asarray(drawn, np.float64) - np.asarray(x)) <= np.abs(np.asarray(x)) * 2**-7).all()
+    assert [len(np.unique(column)) for column in np.asarray(drawn, np.float32).T] == [1, 2, 2, 2, 1]
+    np.testing.assert_allclose(np.asarray(drawn, np.float64).mean(0), x, rtol=1e-4)
+
+
+def test_small_steps_add_up_in_bfloat16(sequences: Sequences) -> None:
+    """Twelve steps go as far as those of float32 rows; rounded to the nearest they would go nowhere."""
+    settings = {"train.embedding_optimizer": "rowwise_adagrad", "train.embedding_learning_rate": 1e-4}
+    starts, ends = [], []
+    for precision in ("float32", "bfloat16"):
+        own = {"train.embedding_precision": precision, "model.embedding": 256}
+        trial = trial_of(sequences, "dlrm", **settings, **own)
+        optimizer, rule = make_optimizer(trial.train, 12), make_row_rule(trial.train, 12)
+        state = init_state(init_params(trial, sequences.schema), optimizer, 0, rule)
+        starts.append(np.asarray(state.params["fields"]["items"]["rows_table"], np.float64))
+        step = make_step(abstract_model(trial, sequences.schema), optimizer, tables=rule)
+        stream = TrainStream(sequences, trial.data, trial.model.rows, 8, seed=0)
+        batch = next(stream)
+        stream.close()
+        for _ in range(12):
+            state, _ = step(state, batch)
+        table = state.params["fields"]["items"]["rows_table"]
+        assert table.dtype == precision
+        assert state.opt["rows"]["fields/items"]["square"].dtype == jnp.float32
+        ends.append(np.asarray(table, np.float64))
+    exact, rounded = (end - start for start, end in zip(starts, ends, strict=True))
+    moved = np.abs(exact).sum(axis=1) > 0
+    assert 0 < moved.sum() < len(moved)
+    assert not rounded[~moved].any()
+    assert np.abs(exact).max() < 0.01  # of entries of 1/16, whose neighbours are 1/4096 apart
+    share = (exact[moved] * rounded[moved]).sum() / (exact[moved] ** 2).sum()
+    assert share == pytest.approx(1.0, abs=0.05)
 
 
 def test_a_large_table_is_drawn_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
