@@ -107,11 +107,11 @@ def hold_rows(params: Any, ids: dict[Place, jax.Array]) -> tuple[Any, dict[Place
     return with_rows(params, at_hand), held
 
 
-def told(model: Model, held: dict[Place, Holding]) -> Model:
-    """The model, whose parameters are those of :func:`hold_rows`, told which rows its tables hold."""
+def told(model: Model, held: dict[Place, jax.Array]) -> Model:
+    """The model, whose parameters are those of :func:`hold_rows`, told the ids of the rows that its tables hold."""
     for path, table in tables(model).items():
         if path in held:
-            table.held = Held(held[path].ids)
+            table.held = Held(held[path])
     return model
 
 

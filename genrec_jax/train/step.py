@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
 
 from genrec_jax.batch import Batch
 from genrec_jax.config import TrainConfig
@@ -52,61 +53,88 @@ def pieces_here(train: TrainConfig) -> int:
 
 
 def make_step(
-    model: Model, optimizer: optax.GradientTransformation, pieces: int = 1, tables: RowRule | None = None
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    pieces: int = 1,
+    tables: RowRule | None = None,
+    mesh: Mesh | None = None,
 ) -> Step:
     """(state, batch) -> (next state, {loss: mean per target, targets, grad_norm}); the given state is consumed.
 
-    ``pieces`` > 1 sums the gradient over that many equal parts of the batch, one after another, so that a part's
-    activations stay in a CPU's caches. A part without events is skipped. The mean is over the targets of the whole
-    batch. ``tables``: the row-wise rule of the embedding tables; None if they are the optimiser's.
+    ``pieces`` > 1 sums the gradient over that many equal parts of the batch, each with its own draws of dropout and
+    negatives. One device works on them one after another, so that a part's activations stay in a CPU's caches, and
+    skips a part without events. The mean is over the targets of the whole batch.
+    ``tables``: the row-wise rule of the embedding tables; None if they are the optimiser's.
+    ``mesh``: its devices share the pieces, whose number must be a multiple of theirs, and all hold the whole state; the
+    numbers are those of one device with as many pieces, but for the order of the sums.
     """
+    asked, summed = functools.partial(_asked, model), functools.partial(_summed, model)
+    if mesh is not None:
+        rows, whole = PartitionSpec("data"), PartitionSpec()
+        on_mesh = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
+        asked = on_mesh(asked, in_specs=(whole, whole, rows, rows), out_specs=rows)
+        summed = on_mesh(
+            lambda *arguments: jax.lax.psum(_summed(model, *arguments), "data"),
+            in_specs=(whole, whole, whole, rows, rows),
+            out_specs=whole,
+        )
 
     def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        parts, keys = batch, key
-        if pieces > 1:
-            parts = jax.tree.map(lambda x: x.reshape(pieces, x.shape[0] // pieces, *x.shape[1:]), batch)
-            keys = jax.random.split(key, pieces)
-
-        def rngs(own: jax.Array) -> nnx.Rngs:
-            # Made where they are used, not outside: their counters may only change at the trace level that made them.
-            # The stream "batch" is for what all pieces of a batch have in common.
-            return nnx.Rngs(own, batch=jax.random.fold_in(key, 1))
-
-        def asked(part: tuple[Batch, jax.Array]) -> dict[Place, jax.Array]:
-            return lookups(bind(model, state.params), part[0], rngs(part[1]))
-
+        parts = jax.tree.map(lambda x: x.reshape(pieces, x.shape[0] // pieces, *x.shape[1:]), batch)
+        keys = jax.random.split(key, pieces) if pieces > 1 else key[None]
         params = state.params
         held: dict[Place, Holding] = {}
         if tables is not None:
-            ids = jax.lax.map(asked, (parts, keys)) if pieces > 1 else asked((parts, keys))
-            params, held = hold_rows(params, ids)
-
-        def total_loss(params: Any, part: Batch, own: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return told(bind(model, params), held).loss(part, rngs(own))
-
-        def add(summed: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
-            def more() -> Any:
-                return jax.tree.map(jnp.add, summed, jax.value_and_grad(total_loss, has_aux=True)(params, *part))
-
-            rows = part[0]
-            events = jnp.any(rows.history.segment > 0) | jnp.any(rows.candidates.segment > 0)
-            return jax.lax.cond(events, more, lambda: summed), None
-
-        if pieces == 1:
-            (total, targets), grads = jax.value_and_grad(total_loss, has_aux=True)(params, parts, keys)
-        else:
-            zero = ((jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, params))
-            ((total, targets), grads), _ = jax.lax.scan(add, zero, (parts, keys))
+            params, held = hold_rows(params, asked(params, key, parts, keys))
+        (total, targets), grads = summed(params, {path: own.ids for path, own in held.items()}, key, parts, keys)
         share = 1.0 / jnp.maximum(targets, 1)
         grads = jax.tree.map(lambda g: g * share, grads)
         updates, opt = optimizer.update(grads, state.opt if tables is None else state.opt["dense"], params)
         moved = optax.apply_updates(params, updates)
         if tables is not None:
             own = jax.random.fold_in(key, 2)
-            whole, rows = move_rows(tables, state.params, state.opt["rows"], held, updates, state.step, own)
-            moved, opt = with_rows(moved, whole), {"dense": opt, "rows": rows}
+            new, rows = move_rows(tables, state.params, state.opt["rows"], held, updates, state.step, own)
+            moved, opt = with_rows(moved, new), {"dense": opt, "rows": rows}
         metrics = {"loss": total * share, "targets": targets, "grad_norm": optax.tree.norm(grads)}
         return State(moved, opt, state.step + 1, state.key), metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _rngs(key: jax.Array, own: jax.Array) -> nnx.Rngs:
+    """Of the piece whose key is ``own``, in a batch whose key is ``key``.
+
+    Made where they are used: their counters may only change at the trace level that made them. The stream "batch" is
+    for what all pieces of a batch have in common.
+    """
+    return nnx.Rngs(own, batch=jax.random.fold_in(key, 1))
+
+
+def _asked(model: Model, params: Any, key: jax.Array, parts: Batch, keys: jax.Array) -> dict[Place, jax.Array]:
+    """The ids [pieces, N] that the pieces ask each table for."""
+    bound = bind(model, params)
+    return jax.lax.map(lambda part: lookups(bound, part[0], _rngs(key, part[1])), (parts, keys))
+
+
+def _summed(
+    model: Model, params: Any, held: dict[Place, jax.Array], key: jax.Array, parts: Batch, keys: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array], Any]:
+    """((sum of losses, targets), gradient) over pieces [pieces, rows, ...]; ``held``: the ids of the rows that stand in
+    place of tables."""
+
+    def total_loss(params: Any, part: Batch, own: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return told(bind(model, params), held).loss(part, _rngs(key, own))
+
+    gradient = jax.value_and_grad(total_loss, has_aux=True)
+
+    def add(summed: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+        rows = part[0]
+        events = jnp.any(rows.history.segment > 0) | jnp.any(rows.candidates.segment > 0)
+        more = functools.partial(jax.tree.map, jnp.add, summed)
+        return jax.lax.cond(events, lambda: more(gradient(params, *part)), lambda: summed), None
+
+    if len(keys) == 1:
+        return gradient(params, jax.tree.map(lambda x: x[0], parts), keys[0])
+    zero = ((jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, params))
+    return jax.lax.scan(add, zero, (parts, keys))[0]
