@@ -111,6 +111,7 @@ def train(
     model: str,
     out: Path,
     set: Many[tuple[str, ...]] = (),
+    mesh: str | None = None,
     quiet: bool = False,
 ) -> None:
     """Train one trial and write its folder; run again to resume.
@@ -120,11 +121,12 @@ def train(
         model: Architecture by name.
         out: Folder of the trial.
         set: dotted.key=value of the configuration; repeat for several.
+        mesh: Devices that share the rows of a batch, for example data=8 (default: one device).
         quiet: Plain lines instead of a progress bar.
     """
     from experiments.trial import train_command
 
-    train_command(data, model, set, out, quiet=quiet)
+    train_command(data, model, set, out, mesh=mesh, quiet=quiet)
 
 
 def sweep(

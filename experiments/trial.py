@@ -25,7 +25,7 @@ def parse_settings(settings: Sequence[str]) -> dict[str, str]:
     return out
 
 
-def train_command(data: Path, model: str, settings: Sequence[str], out: Path, *, quiet: bool) -> None:
+def train_command(data: Path, model: str, settings: Sequence[str], out: Path, *, mesh: str | None, quiet: bool) -> None:
     """Trains (or resumes) the trial and prints its result."""
     trial = override(default_trial(model), parse_settings(settings))
     folder = load_any(data, quiet=quiet)
@@ -35,32 +35,34 @@ def train_command(data: Path, model: str, settings: Sequence[str], out: Path, *,
         _show(earlier)
         return
 
+    from genrec_jax.distributed.mesh import make_mesh, parse_mesh
     from genrec_jax.train.cache import enable_compilation_cache
     from genrec_jax.train.loop import train
 
+    devices = None if mesh is None else make_mesh(parse_mesh(mesh))
     enable_compilation_cache()
     out.mkdir(parents=True, exist_ok=True)
     held = lock(out / "lock", wait=False)
     if held is None:
         raise UserError(f"another process trains in {out}; let it finish or choose another --out")
-    if quiet:
-        result = train(trial, out, on_progress=lambda record: print(_line(record), flush=True))
-    else:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns) as progress:
-            bar = progress.add_task(model, total=None, rate="compiling")
+    with held:
+        if quiet:
+            result = train(trial, out, mesh=devices, on_progress=lambda record: print(_line(record), flush=True))
+        else:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.fields[rate]}"),
+                TimeRemainingColumn(),
+            )
+            with Progress(*columns) as progress:
+                bar = progress.add_task(model, total=None, rate="compiling")
 
-            def show(record: dict[str, Any]) -> None:
-                told = f"loss {record['loss']:.4f}  {record['examples_per_second']:.0f} targets/s"
-                progress.update(bar, completed=record["step"], total=record["steps"], rate=told)
+                def show(record: dict[str, Any]) -> None:
+                    told = f"loss {record['loss']:.4f}  {record['examples_per_second']:.0f} targets/s"
+                    progress.update(bar, completed=record["step"], total=record["steps"], rate=told)
 
-            result = train(trial, out, on_progress=show)
-    held.close()
+                result = train(trial, out, mesh=devices, on_progress=show)
     _show(result)
 
 

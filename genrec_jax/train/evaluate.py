@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
 from genrec_jax import metrics
 from genrec_jax.batch import Batch
@@ -14,6 +15,7 @@ from genrec_jax.config import Trial
 from genrec_jax.data.pipeline import EvaluationBatches, evaluation_batches
 from genrec_jax.data.sequences import Sequences
 from genrec_jax.data.splits import Part
+from genrec_jax.distributed.mesh import shares
 from genrec_jax.models.base import Ranker, Retriever
 from genrec_jax.models.registry import Model
 from genrec_jax.train.step import bind, pieces_here
@@ -24,17 +26,18 @@ _SCORES = 1 << 24  # that are held at a time
 class Evaluator:
     """Evaluates a trial's parameters, as often as asked: compiled once, each part's rows cut once."""
 
-    def __init__(self, trial: Trial, sequences: Sequences, model: Model):
+    def __init__(self, trial: Trial, sequences: Sequences, model: Model, mesh: Mesh | None = None):
         self._trial = trial
         self._sequences = sequences
         self._model = model
-        self._scorer = make_scorer(model)
+        self._mesh = mesh
+        self._scorer = make_scorer(model, mesh)
         self._batches = functools.cache(self._cut)
 
     def _cut(self, part: Part) -> EvaluationBatches:
         trial = self._trial
         # As in training, the parts of a batch are worked on one after another.
-        rows = trial.train.batch_rows // pieces_here(trial.train)
+        rows = trial.train.batch_rows // pieces_here(trial.train, self._mesh) * shares(self._mesh)
         return evaluation_batches(self._sequences, trial.data, trial.model.goal, part, rows)
 
     def fingerprint(self, part: Part) -> str:
@@ -54,11 +57,20 @@ class Evaluator:
         return scored(self._scorer, params, self._batches(part), self._sequences.schema.tasks)
 
 
-def make_scorer(model: Model) -> Callable[[Any, Batch], jax.Array]:
-    """The jitted (params, batch) -> logits [B, C, A] of a ranker, or target ranks [B, S] (1 = best) of a retriever."""
-    if isinstance(model, Ranker):
-        return jax.jit(lambda params, batch: bind(model, params)(batch))
-    return jax.jit(lambda params, batch: _ranks(bind(model, params), batch))
+def make_scorer(model: Model, mesh: Mesh | None = None) -> Callable[[Any, Batch], jax.Array]:
+    """The jitted (params, batch) -> logits [B, C, A] of a ranker, or target ranks [B, S] (1 = best) of a retriever.
+
+    The devices of a ``mesh`` share the rows.
+    """
+
+    def score(params: Any, batch: Batch) -> jax.Array:
+        bound = bind(model, params)
+        return bound(batch) if isinstance(bound, Ranker) else _ranks(bound, batch)
+
+    if mesh is None:
+        return jax.jit(score)
+    rows = PartitionSpec("data")
+    return jax.jit(jax.shard_map(score, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=rows, check_vma=False))
 
 
 def _ranks(model: Model, batch: Batch) -> jax.Array:

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
+from jax.sharding import Mesh
 
 from genrec_jax.config import Trial, trial_from_json
 from genrec_jax.data.pipeline import TrainStream
 from genrec_jax.data.sequences import Sequences, digest_of, load
 from genrec_jax.data.splits import Part
+from genrec_jax.distributed.mesh import by_rows, everywhere
 from genrec_jax.errors import UserError
 from genrec_jax.models.base import Goal
 from genrec_jax.models.registry import Model
@@ -38,8 +39,12 @@ FLOPS_FORMULA = "analytic per block; multiply-add 2; causal half; lookups 0; tra
 Progress = Callable[[dict[str, Any]], None]
 
 
-def train(trial: Trial, run_dir: Path, *, on_progress: Progress | None = None) -> dict[str, Any]:
+def train(
+    trial: Trial, run_dir: Path, *, mesh: Mesh | None = None, on_progress: Progress | None = None
+) -> dict[str, Any]:
     """Trains to the trial's budget, evaluates, and returns what it wrote to ``result.json``.
+
+    ``mesh``: the devices that share the work, None for one. It is no part of the trial: another may go on with it.
 
     ``on_progress`` receives every line of ``metrics.jsonl`` that has a loss, as it is written. A loss that is not
     finite, or above three times the first one logged, ends the run with status "diverged". Raises UserError for
@@ -49,14 +54,15 @@ def train(trial: Trial, run_dir: Path, *, on_progress: Progress | None = None) -
     sequences = load(trial.data.path)
     abstract_model(trial, sequences.schema)  # refuses what cannot be trained before anything is written
     run_dir.mkdir(parents=True, exist_ok=True)
+    pieces_here(trial.train, mesh)  # refuses a batch that cannot be divided
     stream = TrainStream(sequences, trial.data, trial.model.rows, trial.train.batch_rows, seed=trial.seed)
     model = abstract_model(trial, sequences.schema, Popularity(stream.target_counts()))
     counts = account(trial, model, stream)
     write_json(run_dir / "config.json", trial.to_json())
     params = init_params(trial, sequences.schema)
-    evaluator = Evaluator(trial, sequences, model)
+    evaluator = Evaluator(trial, sequences, model, mesh)
     with contextlib.closing(TensorBoard(run_dir / "tensorboard")) as board:
-        run = _Run(trial, run_dir, model, params, stream, counts, evaluator, board, on_progress)
+        run = _Run(trial, run_dir, model, params, stream, counts, evaluator, board, mesh, on_progress)
         state, status = run.fit()
         counts = counts.after(run.steps)
         result: dict[str, Any] = {"status": status, **dataclasses.asdict(counts)}
@@ -79,6 +85,7 @@ def train(trial: Trial, run_dir: Path, *, on_progress: Progress | None = None) -
         "flops_formula": FLOPS_FORMULA,
         "dataset": sequences.name,
         "device": device_name(),
+        "devices": 1 if mesh is None else mesh.size,
         "finished": datetime.now(UTC).date().isoformat(),
         **versions(),
     }
@@ -134,6 +141,7 @@ class _Run:
         counts: Account,
         evaluator: Evaluator,
         board: TensorBoard,
+        mesh: Mesh | None,
         on_progress: Progress | None,
     ):
         self.trial = trial
@@ -142,6 +150,7 @@ class _Run:
         self.counts = counts
         self.evaluator = evaluator
         self.board = board
+        self.mesh = mesh
         self.on_progress = on_progress
         self.steps = 0
         self.watched: Part = "test" if trial.data.protocol == "original" else "validation"
@@ -155,7 +164,9 @@ class _Run:
         optimizer = make_optimizer(trial.train, counts.steps)
         tables = make_row_rule(trial.train, counts.steps)
         self._state = init_state(params, optimizer, trial.seed, tables)
-        self._step: Any = make_step(model, optimizer, pieces_here(trial.train), tables)
+        if mesh is not None:
+            self._state = jax.device_put(self._state, everywhere(mesh))
+        self._step: Any = make_step(model, optimizer, pieces_here(trial.train, mesh), tables, mesh)
         self._rate = schedule(trial.train.learning_rate, counts.steps, trial.train.warmup, trial.train.decay)
 
     def fit(self) -> tuple[State, str]:
@@ -196,7 +207,7 @@ class _Run:
         train = self.trial.train
         marked = saved = time.perf_counter()
         for step in range(first + 1, self.counts.steps + 1):
-            batch = next(batches)
+            batch = next(batches) if self.mesh is None else jax.device_put(next(batches), by_rows(self.mesh))
             if step_fn is None:
                 step_fn = self._compile(batch)
                 marked = time.perf_counter()
@@ -260,7 +271,7 @@ class _Run:
 
     def _compile(self, batch: Any) -> Any:
         start = time.perf_counter()
-        compiled = self._step.lower(self._state, jax.tree.map(np.asarray, batch)).compile()
+        compiled = self._step.lower(self._state, batch).compile()
         self.compile_seconds = time.perf_counter() - start
         return compiled
 

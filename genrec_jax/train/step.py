@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from genrec_jax.batch import Batch
 from genrec_jax.config import TrainConfig
+from genrec_jax.distributed.mesh import shares
+from genrec_jax.errors import UserError
 from genrec_jax.models.registry import Model
 from genrec_jax.train.rows import Holding, Place, RowRule, hold_rows, lookups, move_rows, row_states, told, with_rows
 
@@ -47,9 +50,15 @@ def bind[M: Model](model: M, params: Any) -> M:
     return nnx.merge(graph, own, rest)
 
 
-def pieces_here(train: TrainConfig) -> int:
-    """Parts of a batch that this machine works on one after another: an accelerator takes it whole."""
-    return train.pieces if jax.default_backend() == "cpu" else 1
+def pieces_here(train: TrainConfig, mesh: Mesh | None = None) -> int:
+    """Parts of a batch: those that a CPU works on one after another (an accelerator takes the batch whole), and as many
+    for every device of a mesh. Raises UserError if the batch cannot be divided into them."""
+    pieces = math.lcm(train.pieces if jax.default_backend() == "cpu" else 1, shares(mesh))
+    if train.batch_rows % pieces:
+        raise UserError(
+            f"train.batch_rows ({train.batch_rows}) must be a multiple of {pieces} on a mesh of {shares(mesh)}"
+        )
+    return pieces
 
 
 def make_step(

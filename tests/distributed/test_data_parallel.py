@@ -1,0 +1,96 @@
+"""Data parallelism: the numbers of one device; any number of devices goes on with a run; what cannot be is refused."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.cli import main
+from genrec_jax.data.sequences import Sequences
+from genrec_jax.distributed.mesh import make_mesh, parse_mesh
+from genrec_jax.errors import UserError
+from genrec_jax.train import loop
+from tests.data.helpers import random_dataset
+from tests.distributed.on_devices import CASES
+from tests.train.helpers import Stopped, lines, trial_of
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def sequences(tmp_path_factory: pytest.TempPathFactory) -> Sequences:
+    return random_dataset(tmp_path_factory.mktemp("data") / "log", users=60)
+
+
+def test_eight_devices_follow_one(tmp_path: Path) -> None:
+    """Fifty steps of each model with the same draws: losses and parameters of a single device."""
+    command = [sys.executable, "-m", "tests.distributed.on_devices", str(tmp_path)]
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert set(found) == {name for name, _ in CASES}
+    for name, case in found.items():
+        assert case["loss"] < 1e-5, name
+        assert case["params"] < 1e-4, name
+        assert case["spread"] > 0.01, name  # losses that change, and by far more than they come apart
+
+
+@pytest.mark.parametrize(("model", "settings"), [("hstu", {"model.heads": 2}), ("sasrec", {"model.negatives": 3})])
+def test_a_run_goes_on_with_other_devices(sequences: Sequences, tmp_path: Path, model: str, settings: dict) -> None:
+    """On two devices up to a kill and on one after it, evaluations included, as on one from the beginning."""
+    retrieval = {"data.candidates": 1, "model.heads": 2} if model == "sasrec" else {}
+    trial = trial_of(sequences, model, **{"train.pieces": 4, "train.validations": 4, **settings, **retrieval})
+    whole = loop.train(trial, tmp_path / "one")
+    mesh = make_mesh(parse_mesh("data=2"))
+
+    def kill(record: dict) -> None:
+        if record["step"] == 8:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        loop.train(trial, tmp_path / "cut", mesh=mesh, on_progress=kill)
+    cut = loop.train(trial, tmp_path / "cut")
+    two = loop.train(trial, tmp_path / "two", mesh=mesh)
+    assert (whole["devices"], cut["devices"], two["devices"]) == (1, 1, 2)
+    for other, folder in ((cut, "cut"), (two, "two")):
+        assert other["steps"] == whole["steps"]
+        for one, theirs in zip(lines(tmp_path / "one"), lines(tmp_path / folder), strict=True):
+            assert theirs == pytest.approx(one, rel=1e-5, abs=1e-7)
+        numbers = {key: whole[key] for key in whole if key.startswith(("ne", "auc", "hr@", "ndcg@", "mrr", "test/"))}
+        assert {key: other[key] for key in numbers} == pytest.approx(numbers, rel=1e-4)
+        assert other["eval_set"] == whole["eval_set"]
+
+
+@pytest.mark.parametrize("text", ["", "data", "data=0", "data=x", "rows=2", "data=1,data=2", "data=-1"])
+def test_a_mesh_that_is_none_is_one_sentence(text: str) -> None:
+    with pytest.raises(UserError, match=r"is not of the form AXIS=DEVICES,…; the axes are: data"):
+        parse_mesh(text)
+
+
+def test_what_does_not_fit_is_refused(sequences: Sequences, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    given = ["train", "--data", str(sequences.path), "--model", "dlrm", "--out", str(out), "--quiet"]
+    for more, said in (
+        (["--mesh", "data=512"], f"the mesh needs 512 devices, {jax.device_count()} are here"),
+        (["--mesh", "data=2", "--set", "train.batch_rows=3"], "train.batch_rows (3) must be a multiple of 2"),
+        (["--mesh", "model=2"], "the axes are: data"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main([*given, *more])
+        assert said in capsys.readouterr().err
+        assert not (out / "result.json").exists()
+        assert not (out / "config.json").exists()
+
+
+def test_the_command_trains_on_a_mesh(sequences: Sequences, tmp_path: Path) -> None:
+    given = ["train", "--data", str(sequences.path), "--model", "dlrm", "--out", str(tmp_path / "run"), "--quiet"]
+    main([*given, "--mesh", "data=2", "--set", "train.steps=3", "--set", "data.history=8"])
+    record = json.loads((tmp_path / "run/result.json").read_text(encoding="utf-8"))
+    assert record["devices"] == 2
+    assert np.isfinite(record["ne"])
