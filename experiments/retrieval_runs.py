@@ -60,15 +60,18 @@ def write_datasets(out: Path, sequences: Sequences) -> None:
 
 
 def read_runs(sources: Sequence[Path]) -> list[Run]:
-    """Every trial of a recipe or of the study of choices in the given folders and record files, each once.
+    """Every trial of a recipe or of the study of choices in the given folders and record files.
 
+    Of one recipe (or choice), protocol, seed, dataset and number of epochs there is one: a finished one before others,
+    then that of the later source, whose code may have changed in what does not change the recipe.
     Raises UserError for a folder without trials and for a file that holds no records.
     """
-    found: dict[tuple[str, str], Run] = {}
+    found: dict[tuple[Any, ...], Run] = {}
     for source in sources:
         for run in _recorded(source) if source.is_file() else _in_folder(source):
-            if run.tested or (run.study, run.trial) not in found:
-                found[run.study, run.trial] = run
+            key = (run.study, run.family, run.label, run.seed, run.digest, run.epochs)
+            if run.tested or key not in found:
+                found[key] = run
     return sorted(found.values(), key=lambda run: (run.study, run.family, run.label, run.seed))
 
 

@@ -19,7 +19,7 @@ from experiments.retrieval_runs import METRICS, read_runs, write_datasets
 from experiments.shuffled_ties import shuffle_ties
 from experiments.table import flatten
 from genrec_jax.config import default_trial, trial_from_json
-from genrec_jax.data.sequences import Sequences
+from genrec_jax.data.sequences import Sequences, load
 from genrec_jax.errors import UserError
 from tests.data.helpers import dataset, owner, random_dataset
 
@@ -203,6 +203,22 @@ def test_records_stand_in_for_folders_that_are_gone(runs: Path, tmp_path: Path) 
     assert len(records.splitlines()) == 6  # what is still at work is not kept
     main(["results", str(both.with_suffix(".jsonl")), "--out", str(both)])
     assert both.with_suffix(".jsonl").read_bytes() == records
+
+
+def test_a_trial_run_again_takes_the_place_of_its_record(runs: Path, tmp_path: Path) -> None:
+    """Under another hash, as after a change of the configuration's keys; an unfinished one takes no place."""
+    page = tmp_path / "page.md"
+    main(["results", str(runs), "--out", str(page)])
+    again = tmp_path / "again"
+    again.mkdir()
+    write_datasets(again, load(tmp_path / "d"))
+    own = {"digest": load(tmp_path / "d").digest}
+    for name, seed, finished in (("x", 0, True), ("y", 1, False)):
+        place = ("recipes", "ml-1m-hstu", "original")
+        write_trial(again / f"trials/{name}", place, seed, np.random.default_rng(9), finished=finished, **own)
+    found = {run.trial: run for run in read_runs([page.with_suffix(".jsonl"), again]) if run.label == "original"}
+    assert set(found) == {"x", "o1"}
+    assert found["x"].tested["hr@10"] == result(again / "trials/x")["hr@10"]
 
 
 def test_a_file_without_records_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
