@@ -315,6 +315,7 @@ def weights(trial: Positional[Path], *, out: Path) -> None:
     from genrec_jax.train.step import bind
 
     _, model, params = restored(read_trial(trial), trial)
+    out.parent.mkdir(parents=True, exist_ok=True)
     save(bind(model, jax.tree.map(lambda x: x.astype("float32"), params)), out)
 
 

@@ -51,7 +51,6 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
         raise UserError(f"{path} is of no kind that can be written; there is: {', '.join(WRITABLE)}")
     # safetensors reads the memory of an array as if it were contiguous.
     arrays = {name: np.ascontiguousarray(tensors[name]).reshape(tensors[name].shape) for name in sorted(tensors)}
-    path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
     try:
         if path.suffix == ".npz":
