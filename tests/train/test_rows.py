@@ -11,7 +11,7 @@ from flax import nnx
 from jax.tree_util import keystr, tree_leaves_with_path
 
 from genrec_jax.batch import Batch
-from genrec_jax.config import Trial, default_trial, override
+from genrec_jax.config import EmbeddingOptimizer, Trial, default_trial, override
 from genrec_jax.data.pipeline import TrainStream
 from genrec_jax.data.schema import Schema
 from genrec_jax.data.sequences import Sequences
@@ -47,10 +47,10 @@ def sequences(tmp_path_factory: pytest.TempPathFactory) -> Sequences:
 
 
 @pytest.mark.parametrize("kind", RULES)
-def test_rules_follow_their_formulas(kind: str) -> None:
+def test_rules_follow_their_formulas(kind: EmbeddingOptimizer) -> None:
     """Five steps of which each reads some rows, against loops in float64."""
     rng = np.random.default_rng(0)
-    rule = RowRule(kind, lambda step: 0.1 / (1.0 + step), 0.2, 0.8, 0.9)  # type: ignore[arg-type]
+    rule = RowRule(kind, lambda step: 0.1 / (1.0 + step), 0.2, 0.8, 0.9)
     table = rng.normal(size=(7, 3))
     own, state = jnp.asarray(table), rule.init(jnp.asarray(table))
     square, mean = np.zeros(7), np.zeros((7, 3))
