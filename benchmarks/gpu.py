@@ -1,24 +1,31 @@
 """Checks and times attention, training steps and a recipe on a GPU: ``python3 benchmarks/gpu.py --out gpu.json``.
 
-One process orders the jobs, keeps the time and writes the JSON file after each; another, replaced when it is lost,
-runs them. docs/benchmarks/gpu.md says how to read the result.
+One process orders the jobs, keeps the time and writes the JSON file after each; others, replaced when they are lost,
+run them. docs/benchmarks/gpu.md says how to read the result.
 """
 
 import argparse
+import concurrent.futures
+import itertools
+import os
 import pathlib
+import queue
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterable
 from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from benchmarks import gpu_report
-from benchmarks.gpu_cases import Job, queue
+from benchmarks import gpu_cases, gpu_report
+from benchmarks.gpu_cases import Job
 from benchmarks.gpu_worker import Worker
 
 _RESERVE = 5.0  # seconds kept for the report
 _LEAST = 3.0  # no job is started with less time left
+_TESTERS = 8  # processes that run tests at once: most of a test is compilation, and nothing is timed
 
 
 class Run:
@@ -31,22 +38,55 @@ class Run:
         self.worker = Worker()
         self.records: list[dict[str, Any]] = []
         self.machine: gpu_report.Machine | None = None
+        self.lock = threading.Lock()
 
-    def do(self, job: Job) -> dict[str, Any]:
+    def do(self, job: Job, worker: Worker | None = None) -> dict[str, Any]:
         """Runs a job, or notes that there is no time for it; writes the file either way."""
         left = self.end - time.monotonic()
         if left < _LEAST:
             record = {"status": "out of time", "note": "not started"}
         else:
-            record = self.worker.run(job, min(job.seconds, left))
+            record = (worker or self.worker).run(job, min(job.seconds, left))
             if record["status"] == "stopped" and left < job.seconds:
                 record |= {"status": "out of time", "note": f"stopped after {left:.0f} s"}
         record = gpu_report.complete(job, record, self.machine)
-        self.records.append(record)
-        self.write()
-        if record["status"] != "out of time":
-            print(f"[{time.monotonic() - self.start:4.0f} s] {job.section:<9} {gpu_report.line(record)}", flush=True)
+        with self.lock:
+            self.records.append(record)
+            self.write()
+            if record["status"] != "out of time":
+                seconds = time.monotonic() - self.start
+                print(f"[{seconds:4.0f} s] {job.section:<9} {gpu_report.line(record)}", flush=True)
         return record
+
+    def do_all(self, jobs: Iterable[Job]) -> None:
+        """Runs jobs in order, tests that follow one another several at a time."""
+        for section, group in itertools.groupby(jobs, lambda job: job.section):
+            if section == "tests":
+                self._do_at_once(list(group))
+            else:
+                for job in group:
+                    self.do(job)
+
+    def _do_at_once(self, jobs: list[Job]) -> None:
+        count = min(_TESTERS, max(1, (os.cpu_count() or 1) // 2), len(jobs))
+        idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+        workers = [Worker() for _ in range(count)]
+        for worker in workers:
+            idle.put(worker)
+
+        def test(job: Job) -> None:
+            worker = idle.get()
+            try:
+                self.do(job, worker)
+            finally:
+                idle.put(worker)
+
+        try:
+            with concurrent.futures.ThreadPoolExecutor(count) as pool:
+                list(pool.map(test, jobs))
+        finally:
+            for worker in workers:
+                worker.close()
 
     def write(self) -> None:
         gpu_report.write(self.out, self.header | {"seconds": round(time.monotonic() - self.start, 1)}, self.records)
@@ -60,6 +100,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"{options.data} is not a dataset folder, as `genrec data import` writes it")
     if options.only == "recipe" and not options.data:
         parser.error("--only recipe needs --data")
+    # Several processes share the device; each takes the memory it needs.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     header = {"driver": _driver(), "quick": options.quick, "minutes": options.minutes, "only": options.only}
     run = Run(options.out, options.minutes, header)
     try:
@@ -86,8 +128,7 @@ def _run_all(run: Run, options: argparse.Namespace) -> int:
 
     probes = [run.do(Job("probe", "can it run here", name)) for name in BACKENDS]
     usable = [probe["implementation"] for probe in probes if probe["status"] == "ok"]
-    for job in queue(usable, options.quick, options.only, str(options.data or "")):
-        run.do(job)
+    run.do_all(gpu_cases.queue(usable, options.quick, options.only, str(options.data or "")))
     failed = [r for r in run.records if r["status"] in ("failed", "stopped") or not r.get("passed", True)]
     return 1 if failed else 0
 

@@ -46,8 +46,15 @@ def _attend(
     prepared: lists.Prepared,
 ) -> jax.Array:
     """Attention of q, k, v [B, T, H, D], whose padding is zero."""
+    return _output(rule, q, k, v, lists.Tables(position_bias, time_bias), prepared)
+
+
+# Compiled functions of their own: layers of one shape share one lowering, and so each kernel is compiled once.
+@functools.partial(jax.jit, static_argnums=(0,))
+def _output(
+    rule: _Rule, q: jax.Array, k: jax.Array, v: jax.Array, tables: lists.Tables, prepared: lists.Prepared
+) -> jax.Array:
     operands = (q, k, v, prepared.fields)
-    tables = lists.Tables(position_bias, time_bias)
     if tables.empty:
         wide = q.shape[3] <= _MOST_WIDE_FEATURES
         chosen, inner = (prepared.wide, lists.WIDE) if wide else (prepared.queries, lists.NARROW)
@@ -79,6 +86,11 @@ def _attend_forward(
 
 
 def _attend_backward(rule: _Rule, residuals: _Residuals, d_out: jax.Array) -> tuple[jax.Array | None, ...]:
+    return *_gradients(rule, residuals, d_out), None
+
+
+@functools.partial(jax.jit, static_argnums=(0,))
+def _gradients(rule: _Rule, residuals: _Residuals, d_out: jax.Array) -> tuple[jax.Array | None, ...]:
     q, k, v, position_bias, time_bias, prepared = residuals
     length = q.shape[1]
     g = jnp.where(_real(prepared, length), d_out, 0)
@@ -105,7 +117,7 @@ def _attend_backward(rule: _Rule, residuals: _Residuals, d_out: jax.Array) -> tu
         d_q, d_tables = lists.in_waves(by_query, prepared.queries)
         d_k, d_v = lists.in_waves(by_key, prepared.keys)
     found = (*(d[:, :length] for d in (d_q, d_k, d_v)), *d_tables)
-    return *(None if d is None else varying_like(d, q) for d in found), None
+    return tuple(None if d is None else varying_like(d, q) for d in found)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
