@@ -57,15 +57,18 @@ def cells() -> tuple[np.ndarray, np.ndarray]:
     return bucket.astype(np.int32), largest
 
 
+def time_distance(query_time: jax.Array, key_time: jax.Array) -> jax.Array:
+    """Distance of two int32 times, elementwise: in uint32, where it cannot overflow even between the ends of int32."""
+    later = jnp.maximum(query_time, key_time).astype(jnp.uint32)
+    return later - jnp.minimum(query_time, key_time).astype(jnp.uint32)
+
+
 def time_bucket(query_time: jax.Array, key_time: jax.Array) -> jax.Array:
     """Bucket (int32, 0..73) of the distance of two int32 times in seconds, elementwise with broadcasting.
 
-    The distance is taken in uint32, where it cannot overflow even between the two ends of int32. Its cell leaves two
-    neighbouring buckets, and the threshold between them decides.
+    The distance's cell leaves two neighbouring buckets, and the threshold between them decides.
     """
-    later = jnp.maximum(query_time, key_time).astype(jnp.uint32)
-    earlier = jnp.minimum(query_time, key_time).astype(jnp.uint32)
-    distance = jnp.maximum(later - earlier, 1)
+    distance = jnp.maximum(time_distance(query_time, key_time), 1)
     bits = jax.lax.bitcast_convert_type(distance.astype(jnp.float32), jnp.int32)
     cell = (bits >> _CELL_SHIFT) - _FIRST_CELL
     bucket, largest = (jnp.asarray(x).at[cell].get(mode="promise_in_bounds") for x in cells())

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from kernels_pallas.hstu_attention import mosaic_gpu_kernels as kernels
 from kernels_pallas.hstu_attention import mosaic_gpu_lists as lists
+from kernels_pallas.hstu_attention.mosaic_gpu_tables import Tables, bias_tiles, table_gradients
 from kernels_pallas.hstu_attention.plan import Plan
 from kernels_pallas.hstu_attention.tokens import Tokens
 from kernels_pallas.hstu_attention.varying import varying_like
@@ -46,13 +47,13 @@ def _attend(
     prepared: lists.Prepared,
 ) -> jax.Array:
     """Attention of q, k, v [B, T, H, D], whose padding is zero."""
-    return _output(rule, q, k, v, lists.Tables(position_bias, time_bias), prepared)
+    return _output(rule, q, k, v, Tables(position_bias, time_bias), prepared)
 
 
 # Compiled functions of their own: layers of one shape share one lowering, and so each kernel is compiled once.
 @functools.partial(jax.jit, static_argnums=(0,))
 def _output(
-    rule: _Rule, q: jax.Array, k: jax.Array, v: jax.Array, tables: lists.Tables, prepared: lists.Prepared
+    rule: _Rule, q: jax.Array, k: jax.Array, v: jax.Array, tables: Tables, prepared: lists.Prepared
 ) -> jax.Array:
     operands = (q, k, v, prepared.fields)
     if tables.empty:
@@ -62,7 +63,7 @@ def _output(
     else:
 
         def run(wave: lists.Lists, own: int) -> jax.Array:
-            bias = lists.bias_tiles(prepared.marks, wave.tiles, tables, query_axis=2, dtype=q.dtype)
+            bias = bias_tiles(prepared.marks, wave.tiles, tables, query_axis=2, dtype=q.dtype)
             return kernels.forward(*operands, wave, bias, inner=lists.NARROW, **rule._asdict())
 
         out = lists.in_waves(run, prepared.queries)
@@ -95,7 +96,7 @@ def _gradients(rule: _Rule, residuals: _Residuals, d_out: jax.Array) -> tuple[ja
     length = q.shape[1]
     g = jnp.where(_real(prepared, length), d_out, 0)
     operands = (q, k, v, g, prepared.fields)
-    tables = lists.Tables(position_bias, time_bias)
+    tables = Tables(position_bias, time_bias)
     options = rule._asdict()
     if tables.empty:
         d_q = kernels.query_gradient(*operands, prepared.queries, None, **options)
@@ -103,15 +104,15 @@ def _gradients(rule: _Rule, residuals: _Residuals, d_out: jax.Array) -> tuple[ja
         d_tables = tables
     else:
 
-        def by_query(wave: lists.Lists, own: int) -> tuple[jax.Array, lists.Tables]:
-            bias = lists.bias_tiles(prepared.marks, wave.tiles, tables, query_axis=2, dtype=q.dtype)
+        def by_query(wave: lists.Lists, own: int) -> tuple[jax.Array, Tables]:
+            bias = bias_tiles(prepared.marks, wave.tiles, tables, query_axis=2, dtype=q.dtype)
             d_q = kernels.query_gradient(*operands, wave, bias, **options)
             tiles = wave.tiles[:, :own]
             d_bias = kernels.bias_gradient(*operands, tiles, bias, **options)
-            return d_q, lists.table_gradients(prepared.marks, tiles, tables, d_bias)
+            return d_q, table_gradients(prepared.marks, tiles, tables, d_bias)
 
         def by_key(wave: lists.Lists, own: int) -> tuple[jax.Array, jax.Array]:
-            bias = lists.bias_tiles(prepared.marks, wave.tiles, tables, query_axis=3, dtype=q.dtype)
+            bias = bias_tiles(prepared.marks, wave.tiles, tables, query_axis=3, dtype=q.dtype)
             return kernels.key_gradients(*operands, wave, bias, **options)
 
         d_q, d_tables = lists.in_waves(by_query, prepared.queries)

@@ -1,4 +1,4 @@
-"""Which tiles a thread block of the Hopper kernels works through, and the bias of those tiles.
+"""Which tiles a thread block of the Hopper kernels works through.
 
 A thread block owns 128 tokens of one side, its outer block (queries, or keys in the kernel of their gradients), and
 loops over blocks of the other side, its inner blocks. XLA builds the lists once per step for all layers.
@@ -10,7 +10,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.hstu_attention.buckets import time_bucket
 from kernels_pallas.hstu_attention.tokens import Tokens, attributes
 from kernels_pallas.hstu_attention.worklist import tile_kinds
 
@@ -18,7 +17,6 @@ OUTER = 128
 NARROW, WIDE = 64, 128  # tokens of an inner block
 # Tiles of the bias held at a time, over all rows of the batch: 256 MiB of biases, 512 MiB of their gradients.
 _HELD_TILES = 2**14
-_GROUPED = 8  # tiles whose gradients are added up in one table of integers
 
 
 class Lists(NamedTuple):
@@ -43,17 +41,6 @@ class Marks(NamedTuple):
     query_time: jax.Array
     key_position: jax.Array
     key_time: jax.Array
-
-
-class Tables(NamedTuple):
-    """The bias tables [2n - 1] and [buckets], each None if not in use."""
-
-    position: jax.Array | None
-    time: jax.Array | None
-
-    @property
-    def empty(self) -> bool:
-        return self.position is None and self.time is None
 
 
 class Prepared(NamedTuple):
@@ -141,63 +128,3 @@ def in_waves[Result](run: Callable[[Lists, int], Result], lists: Lists) -> Resul
 
     waves = -(-(lists.counts[:, -1, 1] + lists.counts[:, -1, 2]).max() // own)
     return jax.lax.fori_loop(1, waves, lambda i, total: jax.tree.map(jnp.add, total, wave(i)), wave(0))
-
-
-def _places(marks: Marks, tiles: jax.Array, tables: Tables, *, query_axis: int) -> list[jax.Array]:
-    """Index [B, W, outer, inner] of each pair of ``tiles`` [B, W, 2] into each table in use.
-
-    Queries run along ``query_axis``, 2 or 3.
-    """
-
-    def blocks(x: jax.Array, axis: int) -> jax.Array:
-        """[B, T] -> [B, W, outer, 1] for axis 2, [B, W, 1, inner] for axis 3."""
-        cut = x.reshape(x.shape[0], -1, OUTER if axis == 2 else NARROW)
-        taken = jnp.take_along_axis(cut, jnp.maximum(tiles[:, :, axis - 2], 0)[:, :, None], 1)
-        return jnp.expand_dims(taken, 5 - axis)
-
-    key_axis = 5 - query_axis
-    found = []
-    if tables.position is not None:
-        reach = (tables.position.shape[0] - 1) // 2
-        apart = blocks(marks.key_position, key_axis) - blocks(marks.query_position, query_axis)
-        found.append(jnp.clip(apart, -reach, reach) + reach)
-    if tables.time is not None:
-        bucket = time_bucket(blocks(marks.query_time, query_axis), blocks(marks.key_time, key_axis))
-        found.append(jnp.minimum(bucket, tables.time.shape[0] - 1))
-    return found
-
-
-def bias_tiles(marks: Marks, tiles: jax.Array, tables: Tables, *, query_axis: int, dtype: jnp.dtype) -> jax.Array:
-    """Half the bias of each pair of ``tiles`` [B, W, 2], as [B, W, outer, inner]; the kernels work on half scores.
-
-    The sum of the two entries is rounded once, to the type of the operands.
-    """
-    used = [0.5 * table.astype(jnp.float32) for table in tables if table is not None]
-    places = _places(marks, tiles, tables, query_axis=query_axis)
-    entries = [table.at[place].get(mode="promise_in_bounds") for table, place in zip(used, places)]
-    return sum(entries[1:], start=entries[0]).astype(dtype)
-
-
-def table_gradients(marks: Marks, tiles: jax.Array, tables: Tables, d_bias: jax.Array) -> Tables:
-    """Gradients of the tables, float32, from that of the bias of ``tiles`` [B, W, 2], float32 [B, W, queries, keys].
-
-    Entries are added up as integers, in units of 2^-14 of the largest entry of a group of 8 tiles: the sum of its 2^16
-    entries fits in int32 whatever the order in which the device adds, so that the result repeats bit for bit.
-    """
-    rows, width = tiles.shape[:2]
-    d_bias = jnp.where(tiles[:, :, 0, None, None] >= 0, d_bias, 0)
-    largest = jnp.pad(jnp.abs(d_bias).max((2, 3)), ((0, 0), (0, -width % _GROUPED))).reshape(rows, -1, _GROUPED).max(2)
-    unit = jnp.where(largest > 0, largest, 1) * 2.0**-14
-    group = jnp.arange(width)[:, None, None] // _GROUPED
-    row = jnp.arange(rows)[:, None, None, None]
-    whole = jnp.round(d_bias / unit[row, group]).astype(jnp.int32)
-    places = iter(_places(marks, tiles, tables, query_axis=2))
-
-    def one(table: jax.Array | None) -> jax.Array | None:
-        if table is None:
-            return None
-        empty = jnp.zeros((*unit.shape, table.shape[0]), jnp.int32)
-        sums = empty.at[row, group, next(places)].add(whole, mode="promise_in_bounds")
-        return (sums * unit[..., None]).sum((0, 1))
-
-    return Tables(one(tables.position), one(tables.time))

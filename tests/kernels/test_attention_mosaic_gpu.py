@@ -25,6 +25,7 @@ from kernels_pallas.hstu_attention import (
 )
 from kernels_pallas.hstu_attention import mosaic_gpu_lists as lists
 from kernels_pallas.hstu_attention import mosaic_gpu_pieces as pieces
+from kernels_pallas.hstu_attention import mosaic_gpu_tables as tables_of
 from tests.kernels.attention_cases import MAX_LEN, Case, attend_each, cases, error_ratios
 
 
@@ -129,32 +130,69 @@ def test_lists_cover_the_mask(case):
         assert not outside.any()
 
 
-def test_table_gradients_do_not_depend_on_the_order_of_addition():
-    """Bit for bit the same when queries change places inside their tile, and right against float64."""
+def dense_table_gradients(marks, tiles, d_bias, positions, buckets):
+    """Of tables [2 positions - 1] and [buckets], pair by pair in float64."""
+    want = np.zeros(2 * positions - 1), np.zeros(buckets)
+    for row, place in np.argwhere(np.asarray(tiles)[..., 0] >= 0):
+        outer, inner = np.asarray(tiles)[row, place]
+        queries, keys = (np.s_[block * size : (block + 1) * size] for block, size in ((outer, 128), (inner, 64)))
+        seconds = np.abs(marks.query_time[row, queries][:, None].astype(np.int64) - marks.key_time[row, keys])
+        bucket = np.floor(np.log(np.maximum(seconds, 1)) / 0.301).astype(int)
+        apart = marks.key_position[row, keys] - marks.query_position[row, queries][:, None]
+        np.add.at(want[0], np.clip(apart, 1 - positions, positions - 1) + positions - 1, d_bias[row, place])
+        np.add.at(want[1], np.minimum(bucket, buckets - 1), d_bias[row, place])
+    return want
+
+
+def two_sequences(candidates):
+    """Positions of two rows of 384 tokens: each holds two sequences, the second of which ends with candidates."""
+    one = np.concatenate([np.arange(170), np.arange(214 - candidates), np.full(candidates, 214 - candidates)])
+    return np.stack([one, one + 3]).astype(np.int32)
+
+
+@pytest.mark.parametrize(
+    ("key_position", "unit"),
+    [
+        (two_sequences(0), 0),
+        (two_sequences(20), 2.0**-14),
+        (np.random.default_rng(3).integers(0, 400, (2, 384)).astype(np.int32), 2.0**-14),
+    ],
+    ids=["sequences", "candidates", "anything"],
+)
+@pytest.mark.parametrize(("positions", "buckets"), [(500, TIME_BUCKETS), (60, 9), (1, 1)])
+def test_table_gradients(key_position, unit, positions, buckets):
+    """Every pair of a sequence, in either order; where integers are added, rounding grows as a random walk."""
     rng = np.random.default_rng(0)
-    d_bias = rng.normal(size=(1, 4, lists.OUTER, lists.NARROW)).astype(np.float32)
-    marks = rng.integers(0, 99, (4, lists.OUTER)).astype(np.int32)
-    tiles = jnp.asarray([[[0, 0], [0, 1], [0, 1], [-1, 0]]])
-    d_bias[0, 3] = np.nan  # no tile there: never written
-    tables = lists.Tables(jnp.zeros(2 * 60 - 1), jnp.zeros(9))
+    times = rng.choice([0, 1, 30, 5000, 10**6], (2, 384)).cumsum(1).astype(np.int32)
+    times[1, 200:] -= np.int32(2**30)
+    marks = lists.Marks(key_position, times, key_position, times - np.int32(7))
+    tiles = np.stack(np.meshgrid(range(3), range(6), indexing="ij"), -1).reshape(1, 18, 2).repeat(2, 0).astype(np.int32)
+    tiles[1, -4:, 0] = -1
+    first = np.arange(384) < 170
+    together = (first[:, None] == first).reshape(3, 128, 6, 64).swapaxes(1, 2).reshape(18, 128, 64)
+    d_bias = np.where(together, rng.normal(size=(2, 18, lists.OUTER, lists.NARROW)), 0).astype(np.float32)
+    d_bias[1, -4:] = np.nan  # no tile there: never written
+    tables = tables_of.Tables(jnp.zeros(2 * positions - 1), jnp.zeros(buckets))
+    got = jax.jit(tables_of.table_gradients)(marks, tiles, tables, d_bias)
+    want = dense_table_gradients(marks, tiles, d_bias, positions, buckets)
+    pairs = dense_table_gradients(marks, tiles, np.broadcast_to(together, d_bias.shape), positions, buckets)[0]
+    rounding = unit * np.abs(d_bias[:1]).max() / np.sqrt(12) * np.sqrt(pairs)
+    assert (np.abs(got.position - want[0]) <= 2e-4 + 5 * rounding).all()
+    np.testing.assert_allclose(got.time, want[1], rtol=0, atol=1e-3)
 
-    def gradients(rows):
-        moved = [marks[0, rows], marks[1, rows], marks[2], marks[3]]
-        given = lists.Marks(*(jnp.asarray(x)[None] for x in moved))
-        return lists.table_gradients(given, tiles, tables, jnp.asarray(d_bias[:, :, rows]))
 
-    got = gradients(np.arange(lists.OUTER))
-    for x, y in zip(got, gradients(rng.permutation(lists.OUTER))):
-        np.testing.assert_array_equal(x, y)
-    want = np.zeros(119), np.zeros(9)
-    for n, half in enumerate((0, 1, 1)):
-        keys = np.s_[half * lists.NARROW : (half + 1) * lists.NARROW]
-        apart = np.abs(marks[1][:, None] - marks[3][keys])
-        bucket = np.floor(np.log(np.maximum(apart, 1)) / 0.301).astype(int)
-        np.add.at(want[0], np.clip(marks[2][keys] - marks[0][:, None], -59, 59) + 59, d_bias[0, n].astype(np.float64))
-        np.add.at(want[1], np.minimum(bucket, 8), d_bias[0, n].astype(np.float64))
-    for x, y in zip(got, want):
-        np.testing.assert_allclose(x, y, rtol=0, atol=1e-2)  # entries near 50
+def test_pairs_looked_up_one_by_one_add_up_in_any_order():
+    """Bit for bit the same when queries change places inside their tile."""
+    rng = np.random.default_rng(0)
+    d_bias = rng.normal(size=(1, 3, lists.OUTER, lists.NARROW)).astype(np.float32)
+    position = rng.integers(0, 99, (2, 128)).astype(np.int32)
+    tiles = np.array([[[0, 0], [0, 1], [0, 1]]], np.int32)
+
+    def gradient(order):
+        marks = lists.Marks(position[:1, order], None, position[1:], None)
+        return jax.jit(tables_of._one_by_one)(marks, tiles, jnp.zeros(2 * 60 - 1), d_bias[:, :, order])
+
+    np.testing.assert_array_equal(gradient(np.arange(128)), gradient(rng.permutation(128)))
 
 
 NUMBERS = {
