@@ -12,6 +12,7 @@ help:
 	@echo "make test        set up, lint, type-check and run the tests"
 	@echo "make lint        ruff and mypy"
 	@echo "make bench       speed and memory of this machine (docs/benchmarks)"
+	@echo "make tpu-compiler  install what genrec plan compiles with (140 MB)"
 	@echo "make compile-check  compile the kernels for TPUs and GPUs that are not here (twenty minutes; docs/benchmarks)"
 
 # A Python 3.12 from .python-version (pyenv), from python3.12 on the path, or from uv, in that order.
@@ -49,8 +50,10 @@ $(VENV)/libtpu/.ready: $(READY)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target $(VENV)/libtpu -c constraints.txt libtpu
 	@touch $@
 
+tpu-compiler: $(VENV)/libtpu/.ready
+
 # ARGS: options of the command, for example ARGS="--only v5e backward".
 compile-check: $(VENV)/libtpu/.ready
 	$(BIN)/python -m benchmarks.tpu_compile $(ARGS)
 
-.PHONY: help setup quickstart lint test bench compile-check
+.PHONY: help setup quickstart lint test bench tpu-compiler compile-check

@@ -26,19 +26,9 @@ from rich.table import Table
 
 from benchmarks.compile_cases import GPU, TARGETS, TOPOLOGIES, VMEM, Case, Result, grid
 from benchmarks.llo import DUMP_FLAGS, Branch, Kernel
+from genrec_jax.distributed.topology import ENVIRONMENT, LIBTPU
 
 ROOT = Path(__file__).resolve().parent.parent
-# The compiler lives in a folder of its own: jax would look for a TPU at every start if it could import it.
-LIBTPU = Path(sys.prefix) / "libtpu"
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_LOG_DIR": "disabled",
-    "TPU_MIN_LOG_LEVEL": "3",
-}
 PROCESSES = 2
 JOB_CASES = 15  # of one process, so that both processes end together
 CASE_SECONDS = 900.0

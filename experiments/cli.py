@@ -129,6 +129,33 @@ def train(
     train_command(data, model, set, out, mesh=mesh, quiet=quiet)
 
 
+def plan(
+    what: Positional[str],
+    *,
+    topology: str,
+    mesh: str | None = None,
+    search: bool = False,
+    items: int | None = None,
+    task: Many[tuple[str, ...]] = (),
+    set: Many[tuple[str, ...]] = (),
+) -> None:
+    """Compile a training step for TPUs that are not here; print its memory, traffic and shortest time.
+
+    Args:
+        what: A recipe or a model by name.
+        topology: Slice of TPU chips, for example v5e:2x2 or v5p:8x16x16.
+        mesh: How its devices share the work, for example data=2,fsdp=2 (default: they share the rows).
+        search: Compile several meshes and rank them.
+        items: Number of items of the data (of a model).
+        task: Name of a task (of a ranker; one task if none is given); repeat for several.
+        set: dotted.key=value of the configuration; repeat for several.
+    """
+    from experiments.plan import plan_command
+
+    done = plan_command(what, topology=topology, mesh=mesh, search=search, items=items, tasks=task, settings=set)
+    sys.exit(done)
+
+
 def sweep(
     name: Positional[str],
     *,
@@ -357,6 +384,7 @@ def bench(name: Positional[str] = "all", *, data: Path | None = None) -> None:
 _DATA: dict[str, Callable[..., Any]] = {"import": data_import, "synthetic": data_synthetic, "show": data_show}
 _COMMANDS: dict[str, Callable[..., Any]] = {
     "train": train,
+    "plan": plan,
     "sweep": sweep,
     "fit": fit,
     "report": report,

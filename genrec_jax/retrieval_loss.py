@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas.target import target
+
 _CHUNK = 256  # positions whose logits are held at a time
 # Rows of the item table gathered at a time: on a CPU they must stay in the second-level caches (index True).
 _GATHERED_ROWS = (2**19, 2**13)
@@ -198,7 +200,7 @@ def _gathered_forward(
         return (total + loss, d_items), (jnp.einsum("pr,prd->pd", d_logits, rows), d_w)
 
     start = (jnp.zeros((), scaled.dtype), jnp.zeros_like(items))
-    size = _GATHERED_ROWS[jax.default_backend() == "cpu"] // ids.shape[1]
+    size = _GATHERED_ROWS[target() == "cpu"] // ids.shape[1]
     (total, d_items), (d_scaled, d_weights) = jax.lax.scan(chunk, start, _in_chunks(scaled, ids, weights, size))
     d_scaled = d_scaled.reshape(-1, d_scaled.shape[-1])[:positions, :width]
     return total, (d_scaled, d_items[:, :width], d_weights.reshape(-1)[:positions])

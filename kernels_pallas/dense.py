@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.target import target
+
 
 def dense(x: jax.Array, weight: jax.Array) -> jax.Array:
     """``x @ weight`` for x [..., D] and weight [D, F], differentiable once in both: [..., F].
@@ -11,7 +13,7 @@ def dense(x: jax.Array, weight: jax.Array) -> jax.Array:
     HSTU training step: left alone, XLA transposes the wide cotangent for the weight's gradient instead of the narrow
     input, and computes the elementwise operations that made the cotangent once per product that reads it.
     """
-    if jax.default_backend() != "cpu":
+    if target() != "cpu":
         return x @ weight
     return _dense(x, weight)
 

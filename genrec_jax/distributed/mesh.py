@@ -1,5 +1,6 @@
 """Meshes: which devices a trial runs on, and what each of their axes divides."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,8 +10,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from genrec_jax.errors import UserError
 
-# data: rows of a batch; every device holds all parameters.
-AXES = ("data",)
+# Both divide the rows of a batch. fsdp also divides every parameter and what the optimiser keeps of it: a device holds
+# its share, and gathers the whole for as long as it computes with it (Zhao et al., "PyTorch FSDP", VLDB 2023).
+AXES = ("data", "fsdp")
+_SMALLEST = 1024  # elements of an array that is worth dividing
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -36,14 +39,43 @@ def make_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Me
 
 def shares(mesh: Mesh | None) -> int:
     """How many equal parts the rows of a batch are divided into."""
-    return 1 if mesh is None else mesh.shape["data"]
+    return 1 if mesh is None else mesh.size
 
 
-def by_rows(mesh: Mesh) -> NamedSharding:
+def rows_of(mesh: Mesh) -> PartitionSpec:
     """Of arrays whose first axis is the rows of a batch."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+    return PartitionSpec(mesh.axis_names)
 
 
-def everywhere(mesh: Mesh) -> NamedSharding:
-    """Of arrays that every device holds whole."""
-    return NamedSharding(mesh, PartitionSpec())
+def share_of(mesh: Mesh, shape: tuple[int, ...]) -> PartitionSpec:
+    """How fsdp divides a parameter of a ``shape``: along its longest axis of those that it divides evenly, if any."""
+    size = mesh.shape.get("fsdp", 1)
+    even = [axis for axis, length in enumerate(shape) if length % size == 0]
+    if size == 1 or not even or math.prod(shape) < _SMALLEST:
+        return PartitionSpec()
+    longest = max(even, key=lambda axis: shape[axis])
+    return PartitionSpec(*(None,) * longest, "fsdp")
+
+
+def placed(mesh: Mesh, state: Any) -> Any:
+    """The sharding of every array of a trial's state."""
+    return jax.tree.map(lambda x: NamedSharding(mesh, share_of(mesh, x.shape)), state)
+
+
+def gathered(params: Any, specs: Any) -> Any:
+    """Whole parameters from a device's shares, in `jax.shard_map`; the derivative is summed over fsdp and divided."""
+
+    def whole(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+        return jax.lax.all_gather(x, "fsdp", axis=spec.index("fsdp"), tiled=True) if "fsdp" in spec else x
+
+    return jax.tree.map(whole, params, specs)
+
+
+def summed(mesh: Mesh, grads: Any, specs: Any) -> Any:
+    """Sums of a device's gradients over the axes that :func:`gathered` has not summed over."""
+
+    def over_others(g: jax.Array, spec: PartitionSpec) -> jax.Array:
+        others = tuple(axis for axis in mesh.axis_names if axis not in spec)
+        return jax.lax.psum(g, others) if others else g
+
+    return jax.tree.map(over_others, grads, specs)

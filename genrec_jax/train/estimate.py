@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from genrec_jax.batch import Filled, Shape
+from genrec_jax.batch import Batch, Candidates, Context, Filled, History, Shape
 from genrec_jax.config import Trial
 from genrec_jax.data.pipeline import TrainStream
-from genrec_jax.data.schema import Schema
+from genrec_jax.data.schema import Feature, Schema
 from genrec_jax.data.sequences import load
 from genrec_jax.errors import UserError
 from genrec_jax.models import registry
@@ -76,6 +76,30 @@ def abstract_model(trial: Trial, schema: Schema, popularity: Popularity | None =
             "hstu_retrieval or sasrec"
         )
     return nnx.eval_shape(lambda: _build(trial, schema, nnx.Rngs(0), popularity))
+
+
+def abstract_batch(trial: Trial, schema: Schema) -> Batch:
+    """The shapes of a training batch, [batch_rows, ...]; see `genrec_jax.batch`."""
+    rows, shape = trial.train.batch_rows, trial.data.shape
+
+    def array(width: int, *more: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows, width, *more), dtype)
+
+    def features(kinds: tuple[Feature, ...], width: int) -> dict[str, jax.ShapeDtypeStruct]:
+        return {f.name: array(width, *([f.width] if f.width > 1 else [])) for f in kinds}
+
+    def events(width: int) -> dict[str, Any]:
+        whole = {name: array(width) for name in ("item", "time", "segment", "before")}
+        labels = array(width, len(schema.tasks), dtype=jnp.uint8)
+        return whole | {"labels": labels, "features": features(schema.item_features, width)}
+
+    past, slots = shape.history, shape.slots
+    return Batch(
+        user=array(shape.segments),
+        context=Context(features(schema.context_features, shape.segments)),
+        history=History(**events(past), supervised=array(past, dtype=jnp.bool_)),
+        candidates=Candidates(**events(slots)),
+    )
 
 
 def init_params(trial: Trial, schema: Schema) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from genrec_jax import metrics
 from genrec_jax.batch import Batch
@@ -15,7 +15,7 @@ from genrec_jax.config import Trial
 from genrec_jax.data.pipeline import EvaluationBatches, evaluation_batches
 from genrec_jax.data.sequences import Sequences
 from genrec_jax.data.splits import Part
-from genrec_jax.distributed.mesh import shares
+from genrec_jax.distributed.mesh import gathered, rows_of, share_of, shares
 from genrec_jax.models.base import Ranker, Retriever
 from genrec_jax.models.registry import Model
 from genrec_jax.train.step import bind, pieces_here
@@ -69,8 +69,14 @@ def make_scorer(model: Model, mesh: Mesh | None = None) -> Callable[[Any, Batch]
 
     if mesh is None:
         return jax.jit(score)
-    rows = PartitionSpec("data")
-    return jax.jit(jax.shard_map(score, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=rows, check_vma=False))
+
+    def score_on(params: Any, batch: Batch) -> jax.Array:
+        specs, rows = jax.tree.map(lambda x: share_of(mesh, x.shape), params), rows_of(mesh)
+        on_mesh = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
+        local = on_mesh(lambda p, b: score(gathered(p, specs), b), in_specs=(specs, rows), out_specs=rows)
+        return local(params, batch)
+
+    return jax.jit(score_on)
 
 
 def _ranks(model: Model, batch: Batch) -> jax.Array:

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from genrec_jax.config import Trial, trial_from_json
 from genrec_jax.data.pipeline import TrainStream
 from genrec_jax.data.sequences import Sequences, digest_of, load
 from genrec_jax.data.splits import Part
-from genrec_jax.distributed.mesh import by_rows, everywhere
+from genrec_jax.distributed.mesh import placed, rows_of
 from genrec_jax.errors import UserError
 from genrec_jax.models.base import Goal
 from genrec_jax.models.registry import Model
@@ -165,7 +165,7 @@ class _Run:
         tables = make_row_rule(trial.train, counts.steps)
         self._state = init_state(params, optimizer, trial.seed, tables)
         if mesh is not None:
-            self._state = jax.device_put(self._state, everywhere(mesh))
+            self._state = jax.device_put(self._state, placed(mesh, self._state))
         self._step: Any = make_step(model, optimizer, pieces_here(trial.train, mesh), tables, mesh)
         self._rate = schedule(trial.train.learning_rate, counts.steps, trial.train.warmup, trial.train.decay)
 
@@ -207,7 +207,9 @@ class _Run:
         train = self.trial.train
         marked = saved = time.perf_counter()
         for step in range(first + 1, self.counts.steps + 1):
-            batch = next(batches) if self.mesh is None else jax.device_put(next(batches), by_rows(self.mesh))
+            batch = next(batches)
+            if self.mesh is not None:
+                batch = jax.device_put(batch, NamedSharding(self.mesh, rows_of(self.mesh)))
             if step_fn is None:
                 step_fn = self._compile(batch)
                 marked = time.perf_counter()

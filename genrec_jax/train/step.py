@@ -14,10 +14,11 @@ from jax.sharding import Mesh, PartitionSpec
 
 from genrec_jax.batch import Batch
 from genrec_jax.config import TrainConfig
-from genrec_jax.distributed.mesh import shares
+from genrec_jax.distributed.mesh import gathered, placed, rows_of, share_of, shares, summed
 from genrec_jax.errors import UserError
 from genrec_jax.models.registry import Model
 from genrec_jax.train.rows import Holding, Place, RowRule, hold_rows, lookups, move_rows, row_states, told, with_rows
+from kernels_pallas.target import target
 
 
 @jax.tree_util.register_dataclass
@@ -53,7 +54,7 @@ def bind[M: Model](model: M, params: Any) -> M:
 def pieces_here(train: TrainConfig, mesh: Mesh | None = None) -> int:
     """Parts of a batch: those that a CPU works on one after another (an accelerator takes the batch whole), and as many
     for every device of a mesh. Raises UserError if the batch cannot be divided into them."""
-    pieces = math.lcm(train.pieces if jax.default_backend() == "cpu" else 1, shares(mesh))
+    pieces = math.lcm(train.pieces if target() == "cpu" else 1, shares(mesh))
     if train.batch_rows % pieces:
         raise UserError(
             f"train.batch_rows ({train.batch_rows}) must be a multiple of {pieces} on a mesh of {shares(mesh)}"
@@ -74,19 +75,13 @@ def make_step(
     negatives. One device works on them one after another, so that a part's activations stay in a CPU's caches, and
     skips a part without events. The mean is over the targets of the whole batch.
     ``tables``: the row-wise rule of the embedding tables; None if they are the optimiser's.
-    ``mesh``: its devices share the pieces, whose number must be a multiple of theirs, and all hold the whole state; the
-    numbers are those of one device with as many pieces, but for the order of the sums.
+    ``mesh``: its devices share the pieces, whose number must be a multiple of theirs, and the state, as
+    :func:`genrec_jax.distributed.mesh.placed` says; the numbers are those of one device with as many pieces, but for
+    the order of the sums.
     """
-    asked, summed = functools.partial(_asked, model), functools.partial(_summed, model)
+    asked, gradient = functools.partial(_asked, model), functools.partial(_summed, model)
     if mesh is not None:
-        rows, whole = PartitionSpec("data"), PartitionSpec()
-        on_mesh = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
-        asked = on_mesh(asked, in_specs=(whole, whole, rows, rows), out_specs=rows)
-        summed = on_mesh(
-            lambda *arguments: jax.lax.psum(_summed(model, *arguments), "data"),
-            in_specs=(whole, whole, whole, rows, rows),
-            out_specs=whole,
-        )
+        asked, gradient = functools.partial(_asked_on, mesh, model), functools.partial(_summed_on, mesh, model)
 
     def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
@@ -96,7 +91,7 @@ def make_step(
         held: dict[Place, Holding] = {}
         if tables is not None:
             params, held = hold_rows(params, asked(params, key, parts, keys))
-        (total, targets), grads = summed(params, {path: own.ids for path, own in held.items()}, key, parts, keys)
+        (total, targets), grads = gradient(params, {path: own.ids for path, own in held.items()}, key, parts, keys)
         share = 1.0 / jnp.maximum(targets, 1)
         grads = jax.tree.map(lambda g: g * share, grads)
         updates, opt = optimizer.update(grads, state.opt if tables is None else state.opt["dense"], params)
@@ -106,7 +101,8 @@ def make_step(
             new, rows = move_rows(tables, state.params, state.opt["rows"], held, updates, state.step, own)
             moved, opt = with_rows(moved, new), {"dense": opt, "rows": rows}
         metrics = {"loss": total * share, "targets": targets, "grad_norm": optax.tree.norm(grads)}
-        return State(moved, opt, state.step + 1, state.key), metrics
+        after = State(moved, opt, state.step + 1, state.key)
+        return after if mesh is None else jax.lax.with_sharding_constraint(after, placed(mesh, after)), metrics
 
     return jax.jit(step, donate_argnums=0)
 
@@ -126,14 +122,32 @@ def _asked(model: Model, params: Any, key: jax.Array, parts: Batch, keys: jax.Ar
     return jax.lax.map(lambda part: lookups(bound, part[0], _rngs(key, part[1])), (parts, keys))
 
 
+def _asked_on(mesh: Mesh, model: Model, params: Any, *arguments: Any) -> dict[Place, jax.Array]:
+    """As :func:`_asked`, by the devices of a mesh."""
+    rows, whole = rows_of(mesh), PartitionSpec()
+    on_mesh = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
+    return on_mesh(functools.partial(_asked, model), in_specs=(whole, whole, rows, rows), out_specs=rows)(
+        params, *arguments
+    )
+
+
+_Sums = tuple[tuple[jax.Array, jax.Array], Any]
+
+
 def _summed(
-    model: Model, params: Any, held: dict[Place, jax.Array], key: jax.Array, parts: Batch, keys: jax.Array
-) -> tuple[tuple[jax.Array, jax.Array], Any]:
+    model: Model,
+    params: Any,
+    held: dict[Place, jax.Array],
+    key: jax.Array,
+    parts: Batch,
+    keys: jax.Array,
+    whole: Callable[[Any], Any] = lambda params: params,
+) -> _Sums:
     """((sum of losses, targets), gradient) over pieces [pieces, rows, ...]; ``held``: the ids of the rows that stand in
-    place of tables."""
+    place of tables; ``whole``: what makes parameters of the ``params``, by which the gradient is taken."""
 
     def total_loss(params: Any, part: Batch, own: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return told(bind(model, params), held).loss(part, _rngs(key, own))
+        return told(bind(model, whole(params)), held).loss(part, _rngs(key, own))
 
     gradient = jax.value_and_grad(total_loss, has_aux=True)
 
@@ -147,3 +161,18 @@ def _summed(
         return gradient(params, jax.tree.map(lambda x: x[0], parts), keys[0])
     zero = ((jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, params))
     return jax.lax.scan(add, zero, (parts, keys))[0]
+
+
+def _summed_on(mesh: Mesh, model: Model, params: Any, *arguments: Any) -> _Sums:
+    """As :func:`_summed`, by the devices of a mesh."""
+    specs = jax.tree.map(lambda x: share_of(mesh, x.shape), params)
+
+    def local(params: Any, held: dict[Place, jax.Array], key: jax.Array, parts: Batch, keys: jax.Array) -> _Sums:
+        sums, grads = _summed(model, params, held, key, parts, keys, functools.partial(gathered, specs=specs))
+        return jax.lax.psum(sums, mesh.axis_names), summed(mesh, grads, specs)
+
+    rows, all_of_it = rows_of(mesh), PartitionSpec()
+    on_mesh = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
+    return on_mesh(local, in_specs=(specs, all_of_it, all_of_it, rows, rows), out_specs=(all_of_it, specs))(
+        params, *arguments
+    )

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from kernels_pallas.gated_norm import formula
 from kernels_pallas.gated_norm.dropout import keep_mask
 from kernels_pallas.gated_norm.formula import Rule
+from kernels_pallas.target import target
 
 BACKENDS = ("reference", "xla", "mosaic_tpu")
 _LIMIT = 4096  # widest row of the TPU kernels: a block must hold whole rows
@@ -61,7 +62,7 @@ def gated_norm(
 def _chosen(implementation: Implementation, attended: jax.Array, gate: jax.Array) -> str:
     """The first implementation that can serve the call."""
     if implementation is None:
-        implementation = ("mosaic_tpu", "xla") if jax.default_backend() == "tpu" else "xla"
+        implementation = ("mosaic_tpu", "xla") if target() == "tpu" else "xla"
     names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
     unknown = [name for name in names if name not in BACKENDS]
     if unknown or not names:

@@ -13,6 +13,7 @@ from kernels_pallas.hstu_attention.columns import Columns, heads_apart
 from kernels_pallas.hstu_attention.plan import Plan
 from kernels_pallas.hstu_attention.tokens import Tokens, jagged_tokens, padded_tokens
 from kernels_pallas.hstu_attention.varying import varying_like
+from kernels_pallas.target import target
 
 # A backend is a module with `prepare(tokens, positions, buckets)`, run once per plan, and the operations `hstu` and
 # `softmax`; an operation raises NotImplementedError, with the reason, for a call it cannot serve. A backend with
@@ -195,7 +196,7 @@ def plan(tokens: Tokens, *, positions: int = 0, buckets: int = 0, implementation
 def _names(implementation: Implementation) -> tuple[str, ...]:
     """The backends to try in order."""
     if implementation is None:
-        return _DEFAULTS.get(jax.default_backend(), ("xla",))
+        return _DEFAULTS.get(target(), ("xla",))
     names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
     unknown = [name for name in names if name not in BACKENDS]
     if unknown or not names:

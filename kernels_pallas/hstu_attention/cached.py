@@ -15,6 +15,7 @@ from kernels_pallas.hstu_attention.api import Implementation, _names, hstu_atten
 from kernels_pallas.hstu_attention.buckets import time_bucket
 from kernels_pallas.hstu_attention.tokens import Keys, Queries, Tokens, attributes, sees
 from kernels_pallas.hstu_attention.worklist import tile_kinds
+from kernels_pallas.target import target
 
 _BLOCK = 256  # queries and keys of a tile
 _NOWHERE = jnp.iinfo(jnp.int32).max  # index of a key that nobody sees
@@ -248,7 +249,7 @@ def _blocked(x: _Inputs, *, divisor: float, alpha: float, one_request: bool) -> 
         asked = asked._replace(until=asked.until - slots, self=asked.self - slots)
         return _add_tiles(out, asked, q, new, bias)
 
-    if jax.default_backend() == "cpu":
+    if target() == "cpu":
         one_by_one = jax.tree.map(lambda field: field[:, None], (asked, q, parts))
         out = jax.lax.map(some_rows, one_by_one)[:, 0]
     else:

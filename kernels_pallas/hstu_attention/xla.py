@@ -16,6 +16,7 @@ from kernels_pallas.hstu_attention.codes import BLOCK, joint_table, pair_codes, 
 from kernels_pallas.hstu_attention.plan import Plan
 from kernels_pallas.hstu_attention.tokens import Tokens
 from kernels_pallas.hstu_attention.xla_tiles import HIDDEN, Rule, Tiles, silu
+from kernels_pallas.target import target
 
 # Scores of one block and chunk, all heads together, in elements: 1 MiB in float32.
 _TILE_ELEMENTS = 2**18
@@ -81,7 +82,7 @@ def _chunk_rows(batch: int, heads: int, length: int) -> int:
     On a CPU the score tiles of a chunk must stay in the second-level caches: twice the speed of the whole batch at
     once, which goes through memory for every elementwise step. Elsewhere the whole batch is one chunk.
     """
-    if jax.default_backend() != "cpu":
+    if target() != "cpu":
         return batch
     tile = max(1, heads * min(BLOCK, length) * length)
     fitting = max(1, _TILE_ELEMENTS // tile)

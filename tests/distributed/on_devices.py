@@ -10,7 +10,7 @@ import numpy as np
 
 from genrec_jax.data.pipeline import TrainStream
 from genrec_jax.data.sequences import Sequences
-from genrec_jax.distributed.mesh import everywhere, make_mesh, parse_mesh
+from genrec_jax.distributed.mesh import make_mesh, parse_mesh, placed
 from genrec_jax.retrieval_loss import Popularity
 from genrec_jax.train.estimate import abstract_model, init_params
 from genrec_jax.train.optimizer import make_optimizer, make_row_rule
@@ -21,23 +21,28 @@ from tests.train.helpers import trial_of
 STEPS = 50
 
 
-def trained(sequences: Sequences, name: str, settings: dict[str, Any], mesh: Any) -> tuple[list[float], list[Any]]:
-    """The losses of 50 steps, and the parameters after them, in 8 pieces."""
+def trained(
+    sequences: Sequences, name: str, settings: dict[str, Any], mesh: Any
+) -> tuple[list[float], list[Any], float]:
+    """The losses of 50 steps in 8 pieces, the parameters after them, and the share of the state on the first device."""
     trial = trial_of(sequences, name, **{"train.batch_rows": 16, "train.steps": STEPS, **settings})
     stream = TrainStream(sequences, trial.data, trial.model.rows, 16, seed=0)
     model = abstract_model(trial, sequences.schema, Popularity(stream.target_counts()))
     optimizer, rule = make_optimizer(trial.train, STEPS), make_row_rule(trial.train, STEPS)
     state = init_state(init_params(trial, sequences.schema), optimizer, 0, rule)
     if mesh is not None:
-        state = jax.device_put(state, everywhere(mesh))
+        state = jax.device_put(state, placed(mesh, state))
     step, losses = make_step(model, optimizer, 8, rule, mesh), []
     for _ in range(STEPS):
         state, metrics = step(state, next(stream))
         losses.append(float(metrics["loss"]))
     stream.close()
-    return losses, [np.asarray(x) for x in jax.tree.leaves(state.params)]
+    arrays = jax.tree.leaves(state)
+    held = sum(x.addressable_shards[0].data.nbytes for x in arrays) / sum(x.nbytes for x in arrays)
+    return losses, [np.asarray(x) for x in jax.tree.leaves(state.params)], held
 
 
+MESHES = ("data=8", "fsdp=8", "data=2,fsdp=4")
 # (model, settings): dropout and negatives are drawn, tables by the row and whole.
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("dlrm", {"train.embedding_optimizer": "rowwise_adagrad"}),
@@ -50,13 +55,14 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 def main(folder: Path) -> dict[str, dict[str, float]]:
     sequences, found = random_dataset(folder / "log", users=60), {}
     for name, settings in CASES:
-        settings = {"train.learning_rate": 0.01, "train.embedding_learning_rate": 0.01, **settings}
+        settings = {"train.learning_rate": 0.003, "train.embedding_learning_rate": 0.003, "model.width": 32, **settings}
         one = trained(sequences, name, settings, None)
-        many = trained(sequences, name, settings, make_mesh(parse_mesh("data=8")))
-        loss = max(abs(a - b) / abs(a) for a, b in zip(one[0], many[0], strict=True))
-        params = max(float(np.abs(a - b).max()) for a, b in zip(one[1], many[1], strict=True))
         spread = max(one[0]) - min(one[0])
-        found[name] = {"loss": loss, "params": params, "spread": spread}
+        for mesh in MESHES:
+            many = trained(sequences, name, settings, make_mesh(parse_mesh(mesh)))
+            loss = max(abs(a - b) / abs(a) for a, b in zip(one[0], many[0], strict=True))
+            params = max(float(np.abs(a - b).max()) for a, b in zip(one[1], many[1], strict=True))
+            found[f"{name} {mesh}"] = {"loss": loss, "params": params, "spread": spread, "held": many[2]}
     return found
 
 

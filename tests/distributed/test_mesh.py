@@ -1,4 +1,4 @@
-"""Data parallelism: the numbers of one device; any number of devices goes on with a run; what cannot be is refused."""
+"""Meshes: the numbers of one device; any number of devices goes on with a run; what cannot be is refused."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from genrec_jax.distributed.mesh import make_mesh, parse_mesh
 from genrec_jax.errors import UserError
 from genrec_jax.train import loop
 from tests.data.helpers import random_dataset
-from tests.distributed.on_devices import CASES
+from tests.distributed.on_devices import CASES, MESHES
 from tests.train.helpers import Stopped, lines, trial_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,11 +34,13 @@ def test_eight_devices_follow_one(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert set(found) == {name for name, _ in CASES}
+    assert set(found) == {f"{name} {mesh}" for name, _ in CASES for mesh in MESHES}
     for name, case in found.items():
         assert case["loss"] < 1e-5, name
         assert case["params"] < 1e-4, name
         assert case["spread"] > 0.01, name  # losses that change, and by far more than they come apart
+        shares = 4 if name.endswith("fsdp=4") else 8 if name.endswith("fsdp=8") else 1
+        assert 1 / shares <= case["held"] < 1 / shares + 0.2, name  # some arrays are small, or cannot be divided evenly
 
 
 @pytest.mark.parametrize(("model", "settings"), [("hstu", {"model.heads": 2}), ("sasrec", {"model.negatives": 3})])
@@ -47,7 +49,7 @@ def test_a_run_goes_on_with_other_devices(sequences: Sequences, tmp_path: Path, 
     retrieval = {"data.candidates": 1, "model.heads": 2} if model == "sasrec" else {}
     trial = trial_of(sequences, model, **{"train.pieces": 4, "train.validations": 4, **settings, **retrieval})
     whole = loop.train(trial, tmp_path / "one")
-    mesh = make_mesh(parse_mesh("data=2"))
+    mesh = make_mesh(parse_mesh("fsdp=2"))
 
     def kill(record: dict) -> None:
         if record["step"] == 8:
@@ -69,7 +71,7 @@ def test_a_run_goes_on_with_other_devices(sequences: Sequences, tmp_path: Path, 
 
 @pytest.mark.parametrize("text", ["", "data", "data=0", "data=x", "rows=2", "data=1,data=2", "data=-1"])
 def test_a_mesh_that_is_none_is_one_sentence(text: str) -> None:
-    with pytest.raises(UserError, match=r"is not of the form AXIS=DEVICES,…; the axes are: data"):
+    with pytest.raises(UserError, match=r"is not of the form AXIS=DEVICES,…; the axes are: data, fsdp"):
         parse_mesh(text)
 
 
@@ -79,7 +81,7 @@ def test_what_does_not_fit_is_refused(sequences: Sequences, tmp_path: Path, caps
     for more, said in (
         (["--mesh", "data=512"], f"the mesh needs 512 devices, {jax.device_count()} are here"),
         (["--mesh", "data=2", "--set", "train.batch_rows=3"], "train.batch_rows (3) must be a multiple of 2"),
-        (["--mesh", "model=2"], "the axes are: data"),
+        (["--mesh", "model=2"], "the axes are: data, fsdp"),
     ):
         with pytest.raises(SystemExit, match="2"):
             main([*given, *more])

@@ -1,0 +1,70 @@
+"""What devices send each other in a compiled program, read off its text (optimised HLO)."""
+
+import math
+import re
+from dataclasses import dataclass
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_BITS = {"pred": 8, "c64": 64, "c128": 128}
+_CALL = re.compile(rf" = (\(?[^=]*?\)?) ({'|'.join(KINDS)})(-start)?\(")
+_SHAPE = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\]")
+_LISTED = re.compile(r"replica_groups=\{\{([0-9,]*)\}")
+_COUNTED = re.compile(r"replica_groups=\[([0-9,]+)\]<=")
+_OF_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
+_AXIS = re.compile(r"'(\w+)'=([0-9]+)")
+# A TPU's asynchronous collective stands in every computation that work is done in meanwhile, under one such number.
+_CHAIN = re.compile(r'chain_id="([0-9]+)"')
+
+
+@dataclass(frozen=True)
+class Collective:
+    """A collective of one step. kind: of `KINDS`. group: devices that take part in one. payload: bytes of its largest
+    side, a device's input or output. sent: bytes that a device sends if they stand in a ring."""
+
+    kind: str
+    group: int
+    payload: float
+    sent: float
+
+
+def collectives(text: str, devices: int) -> tuple[Collective, ...]:
+    """The collectives of a compiled program for ``devices``; those in a loop count once."""
+    found, chains = [], set()
+    for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
+        call, chain = _CALL.search(line), _CHAIN.search(line)
+        if call is None or (chain and chain[1] in chains):
+            continue
+        if chain:
+            chains.add(chain[1])
+        results, kind, start = call.groups()
+        sizes = [_bytes(*shape) for shape in _SHAPE.findall(results)]
+        if start and kind in ("all-gather", "collective-permute"):
+            sizes = sizes[len(sizes) // 2 :] if kind == "all-gather" else sizes[1:2]  # operands come first
+        group = _group(line, devices)
+        if group > 1 or kind == "collective-permute":
+            found.append(_collective(kind, group, sum(sizes)))
+    return tuple(found)
+
+
+def _bytes(dtype: str, dims: str) -> float:
+    digits = re.search(r"[0-9]+", dtype)
+    bits = _BITS.get(dtype, int(digits[0]) if digits else 0)
+    return bits / 8 * math.prod(int(d) for d in dims.split(",") if d)
+
+
+def _group(line: str, devices: int) -> int:
+    if counted := _COUNTED.search(line):
+        return int(counted[1].split(",")[-1])
+    if of_mesh := _OF_MESH.search(line):
+        sizes = dict(_AXIS.findall(of_mesh[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", of_mesh[2]))
+    listed = _LISTED.search(line)
+    return len(listed[1].split(",")) if listed and listed[1] else devices
+
+
+def _collective(kind: str, group: int, result: float) -> Collective:
+    others = (group - 1) / group
+    if kind == "reduce-scatter":
+        return Collective(kind, group, result * group, result * (group - 1))
+    sent = {"all-gather": others, "all-reduce": 2 * others, "all-to-all": others, "collective-permute": 1.0}[kind]
+    return Collective(kind, group, result, result * sent)

@@ -1,0 +1,145 @@
+"""What a training step takes on a TPU that is not here: the step itself, compiled for it by the TPU's own compiler."""
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from genrec_jax.config import Trial
+from genrec_jax.data.schema import Schema
+from genrec_jax.distributed.collectives import Collective, collectives
+from genrec_jax.distributed.mesh import make_mesh, placed, rows_of
+from genrec_jax.distributed.topology import Topology
+from genrec_jax.errors import UserError
+from genrec_jax.train.estimate import abstract_batch, abstract_model, init_params
+from genrec_jax.train.optimizer import is_table, make_optimizer, make_row_rule
+from genrec_jax.train.step import init_state, make_step, pieces_here
+from kernels_pallas.target import compiling_for
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A training step on each device of a mesh.
+
+    state: bytes of what it holds between steps, by kind. batch, temporaries, program: bytes beside it while it runs, by
+    the compiler's account. flops: the model's own account (3 x forward), a device's share. traffic: bytes to and from
+    HBM, by the compiler's account. problem: why it does not fit, in which case all after ``state`` is 0.
+    """
+
+    topology: Topology
+    mesh: dict[str, int]
+    state: dict[str, float]
+    batch: float = 0.0
+    temporaries: float = 0.0
+    flops: float = 0.0
+    traffic: float = 0.0
+    collectives: tuple[Collective, ...] = ()
+    problem: str = ""
+
+    @property
+    def memory(self) -> float:
+        """Bytes on a device while a step runs."""
+        return sum(self.state.values()) + self.batch + self.temporaries
+
+    @property
+    def fits(self) -> bool:
+        return not self.problem and self.memory <= self.room
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a device sends in a step."""
+        return sum(one.sent for one in self.collectives)
+
+    @property
+    def room(self) -> float:
+        """Bytes of HBM of a device."""
+        return self.topology.chip.memory / self.topology.chip.devices
+
+    def seconds(self) -> dict[str, float]:
+        """The least a step can take, by what takes it: products, HBM, links. They may run beside one another."""
+        chip, share = self.topology.chip, self.topology.chip.devices
+        return {
+            "products": self.flops / (chip.flops / share),
+            "HBM": self.traffic / (chip.bandwidth / share),
+            "links": self.sent / (chip.links / share),
+        }
+
+    @property
+    def step_seconds(self) -> float:
+        """A bound from below: no step is shorter than its longest part."""
+        return max(self.seconds().values())
+
+    @property
+    def mfu(self) -> float:
+        """Of that bound: none can be higher."""
+        return self.seconds()["products"] / self.step_seconds if self.step_seconds else 0.0
+
+
+def plan_step(trial: Trial, schema: Schema, topology: Topology, sizes: dict[str, int], steps: int) -> Plan:
+    """Compiles the step that `genrec train` would run, for every device of the topology; nothing is allocated.
+
+    ``steps``: of the trial, for the schedule of its learning rate. Call :func:`genrec_jax.distributed.topology.prepare` first. Raises UserError for a
+    mesh that the topology or the batch cannot be divided by.
+    """
+    from jax.experimental import topologies
+
+    if math.prod(sizes.values()) != topology.devices:
+        raise UserError(f"the mesh has {math.prod(sizes.values())} devices, {topology.name} has {topology.devices}")
+    found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name)
+    with compiling_for("tpu"):
+        return plan_on(make_mesh(sizes, found.devices), trial, schema, topology, steps)
+
+
+def plan_on(mesh: Mesh, trial: Trial, schema: Schema, topology: Topology, steps: int) -> Plan:
+    """As :func:`plan_step`, for the devices of a mesh."""
+    pieces = pieces_here(trial.train, mesh)
+    model = abstract_model(trial, schema)
+    optimizer, rule = make_optimizer(trial.train, steps), make_row_rule(trial.train, steps)
+    state = jax.eval_shape(lambda: init_state(init_params(trial, schema), optimizer, trial.seed, rule))
+    there = jax.tree.map(_on, state, placed(mesh, state))
+    rows = NamedSharding(mesh, rows_of(mesh))
+    batch = jax.tree.map(lambda x: _on(x, rows), abstract_batch(trial, schema))
+    held, sizes = _held(there), dict(mesh.shape)
+    step: Any = make_step(model, optimizer, pieces, rule, mesh)
+    try:
+        compiled = step.lower(there, batch).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return Plan(topology, sizes, held, problem=_reason(str(error)))
+    memory, counted = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    return Plan(
+        topology,
+        sizes,
+        held,
+        batch=memory.argument_size_in_bytes - sum(held.values()),
+        temporaries=memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        flops=3.0 * model.cost(trial.data.shape).flops * trial.train.batch_rows / mesh.size,
+        traffic=counted.get("bytes accessed", 0.0),
+        collectives=collectives(compiled.as_text(), mesh.size),
+    )
+
+
+def _on(x: Any, sharding: NamedSharding) -> Any:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _held(state: Any) -> dict[str, float]:
+    """Bytes on a device of a placed state, by kind."""
+    kinds = {"parameters": 0.0, "tables": 0.0, "optimiser": 0.0, "optimiser of tables": 0.0}
+    for path, x in jax.tree_util.tree_leaves_with_path(state):
+        table, of_params = is_table(path) or "rows" in jax.tree_util.keystr(path[:2]), path[0].name == "params"
+        kind = ("tables" if table else "parameters") if of_params else "optimiser of tables" if table else "optimiser"
+        kinds[kind] += math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    return kinds
+
+
+def _reason(message: str) -> str:
+    """Of the compiler, in a sentence."""
+    used = re.search(r"Used ([0-9.]+[KMGT]?) of ([0-9.]+[KMGT]?) hbm", message)
+    if used:
+        return f"a step needs {used[1]} bytes of the {used[2]} of a device"
+    return message.strip().splitlines()[0][:200]

@@ -1,0 +1,88 @@
+"""TPU slices by name, what their chips can do, and the compiler that compiles for them without one."""
+
+import dataclasses
+import math
+import os
+import sys
+from pathlib import Path
+
+from genrec_jax.errors import UserError
+
+# The compiler lives in a folder of its own: jax would look for a TPU at every start if it could import it.
+LIBTPU = Path(sys.prefix) / "libtpu"
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_LOG_DIR": "disabled",
+    "TPU_MIN_LOG_LEVEL": "3",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One chip, by the vendor's data sheet (Cloud TPU documentation).
+
+    flops: bfloat16, a second. memory: bytes of HBM. bandwidth, links: bytes a second of HBM, and of all links to other
+    chips together. devices: what jax calls so, on one chip. shapes: its slices, small to large.
+    """
+
+    flops: float
+    memory: float
+    bandwidth: float
+    links: float
+    devices: int
+    shapes: tuple[str, ...]
+
+
+_PLANE = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_SPACE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
+CHIPS = {
+    "v5e": Chip(197e12, 16 * 2**30, 819e9, 200e9, 1, _PLANE),
+    "v6e": Chip(918e12, 32 * 2**30, 1640e9, 448e9, 1, _PLANE),
+    "v5p": Chip(459e12, 95 * 2**30, 2765e9, 600e9, 1, _SPACE),
+    "tpu7x": Chip(2307e12, 192 * 2**30, 7380e9, 1200e9, 2, _SPACE),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """A slice of TPU chips: ``v5e:16x16``."""
+
+    name: str
+    chip: Chip
+    chips: int
+
+    @property
+    def devices(self) -> int:
+        return self.chips * self.chip.devices
+
+
+def parse_topology(text: str) -> Topology:
+    """Raises UserError for a kind of chip or a shape that does not exist."""
+    kind, _, shape = text.partition(":")
+    chip = CHIPS.get(kind)
+    if chip is None:
+        raise UserError(f"--topology {text!r}: the kinds of chip are {', '.join(CHIPS)}")
+    if shape not in chip.shapes:
+        raise UserError(f"--topology {text!r}: the shapes of {kind} are {', '.join(chip.shapes)}")
+    return Topology(text, chip, math.prod(map(int, shape.split("x"))))
+
+
+def larger(topology: Topology) -> list[Topology]:
+    """The slices of the same chip with more chips, small to large."""
+    kind = topology.name.partition(":")[0]
+    return [t for t in (parse_topology(f"{kind}:{s}") for s in topology.chip.shapes) if t.chips > topology.chips]
+
+
+def prepare() -> None:
+    """Makes the TPU compiler known to jax, which must not have been used yet. Raises UserError where it is missing."""
+    if not LIBTPU.is_dir():
+        raise UserError("the TPU compiler (libtpu) is not installed: `make tpu-compiler` installs it (140 MB)")
+    os.environ.update(ENVIRONMENT)
+    if str(LIBTPU) not in sys.path:
+        sys.path.append(str(LIBTPU))
+    if "jax" in sys.modules:  # imported, it no longer looks at the variable
+        sys.modules["jax"].config.update("jax_platforms", "cpu")
