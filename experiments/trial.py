@@ -1,6 +1,7 @@
 """``genrec train``: one trial in one folder, with a progress bar."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def train_command(data: Path, model: str, settings: Sequence[str], out: Path, *,
     held = lock(out / "lock", wait=False)
     if held is None:
         raise UserError(f"another process trains in {out}; let it finish or choose another --out")
-    with held:
+    with held, _saying_how_to_go_on():
         if quiet:
             result = train(trial, out, mesh=devices, on_progress=lambda record: print(_line(record), flush=True))
         else:
@@ -64,6 +65,17 @@ def train_command(data: Path, model: str, settings: Sequence[str], out: Path, *,
 
                 result = train(trial, out, mesh=devices, on_progress=show)
     _show(result)
+
+
+@contextlib.contextmanager
+def _saying_how_to_go_on() -> Iterator[None]:
+    from genrec_jax.train.stopping import Stopped
+
+    try:
+        yield
+    except Stopped as stopped:
+        print(f"stopped after step {stopped.step} of {stopped.steps}; run the same command again to go on", flush=True)
+        raise
 
 
 def _show(result: Mapping[str, Any]) -> None:

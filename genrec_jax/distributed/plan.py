@@ -81,8 +81,8 @@ class Plan:
 def plan_step(trial: Trial, schema: Schema, topology: Topology, sizes: dict[str, int], steps: int) -> Plan:
     """Compiles the step that `genrec train` would run, for every device of the topology; nothing is allocated.
 
-    ``steps``: of the trial, for the schedule of its learning rate. Call :func:`genrec_jax.distributed.topology.prepare` first. Raises UserError for a
-    mesh that the topology or the batch cannot be divided by.
+    ``steps``: of the trial, for the schedule of its learning rate. `topology.prepare` must have been called. Raises
+    UserError for a mesh that the topology or the batch cannot be divided by.
     """
     from jax.experimental import topologies
 
@@ -139,7 +139,8 @@ def _held(state: Any) -> dict[str, float]:
 
 def _reason(message: str) -> str:
     """Of the compiler, in a sentence."""
-    used = re.search(r"Used ([0-9.]+[KMGT]?) of ([0-9.]+[KMGT]?) hbm", message)
-    if used:
-        return f"a step needs {used[1]} bytes of the {used[2]} of a device"
-    return message.strip().splitlines()[0][:200]
+    needed = re.search(r"\(([0-9.]+[KMGT])\)\s+exceeds\s+available\s+HBM\s+\(([0-9.]+[KMGT])\)", message)
+    if needed:
+        return f"the activations and temporaries of a step alone take {needed[1]}iB of a device's {needed[2]}iB"
+    used = re.search(r"Used ([0-9.]+[KMGT]) of ([0-9.]+[KMGT]) hbm", message)
+    return f"a step takes {used[1]}iB of a device's {used[2]}iB" if used else message.strip().splitlines()[0][:200]

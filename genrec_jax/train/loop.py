@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -29,6 +30,7 @@ from genrec_jax.train.hardware import device_name, matmul_peak
 from genrec_jax.train.optimizer import make_optimizer, make_row_rule, schedule
 from genrec_jax.train.record import MetricsLog, versions, write_json
 from genrec_jax.train.step import State, init_state, make_step, pieces_here
+from genrec_jax.train.stopping import Stopped, asked_to_stop
 from genrec_jax.train.tensorboard import TensorBoard
 
 # What tells the better of two evaluations: the metric, and whether more or less of it is better.
@@ -47,8 +49,8 @@ def train(
     ``mesh``: the devices that share the work, None for one. It is no part of the trial: another may go on with it.
 
     ``on_progress`` receives every line of ``metrics.jsonl`` that has a loss, as it is written. A loss that is not
-    finite, or above three times the first one logged, ends the run with status "diverged". Raises UserError for
-    unusable data.
+    finite, or above three times the first one logged, ends the run with status "diverged". SIGTERM writes a checkpoint
+    after the step at work and raises :class:`Stopped`. Raises UserError for unusable data.
     """
     started = time.perf_counter()
     sequences = load(trial.data.path)
@@ -191,7 +193,8 @@ class _Run:
                 self.board.scalars(_floats(record), first)
                 self.validation |= self._evaluation(record)
         try:
-            status = self._steps(first, batches, log, checkpoints)
+            with asked_to_stop() as asked:
+                status = self._steps(first, batches, log, checkpoints, asked)
             self.tested_step = self.steps
             if self.trial.train.select == "best" and status == "done":
                 self._select(checkpoints, log)
@@ -201,7 +204,9 @@ class _Run:
             checkpoints.close()
         return self._state, status
 
-    def _steps(self, first: int, batches: Any, log: MetricsLog, checkpoints: Checkpoints) -> str:
+    def _steps(
+        self, first: int, batches: Any, log: MetricsLog, checkpoints: Checkpoints, asked: threading.Event
+    ) -> str:
         step_fn: Any = None
         since = first
         train = self.trial.train
@@ -226,7 +231,8 @@ class _Run:
                 if self._diverged(loss):
                     return "diverged"
             waited = time.perf_counter() - saved >= train.checkpoint_seconds
-            checkpoint_due = last or (step % train.checkpoint_every == 0 and waited)
+            stopping = asked.is_set()
+            checkpoint_due = last or stopping or (step % train.checkpoint_every == 0 and waited)
             validation_due = self._validation_due(step)
             if checkpoint_due or validation_due:
                 jax.block_until_ready(self._state)
@@ -240,6 +246,8 @@ class _Run:
                     checkpoints.save(step, self._state, self._record(batches), score)
                     saved = time.perf_counter()
                 since, marked = step, time.perf_counter()
+            if stopping:
+                raise Stopped(step, self.counts.steps)
         return "done"
 
     def _validation_due(self, step: int) -> bool:

@@ -103,7 +103,12 @@ def _attend(
     prepared: Prepared,
 ) -> jax.Array:
     """Attention of columns of q, k and v [B, T, C]: [B, T, H · Dv]; ``calls`` of the forward and the backward pass."""
-    return forward(calls[0], q, k, v, position_bias, time_bias, prepared)
+    return _output(calls[0], q, k, v, position_bias, time_bias, prepared)
+
+
+# Compiled functions of their own: layers of one shape share one lowering.
+_output = jax.jit(forward, static_argnums=(0,))
+_gradients = jax.jit(backward, static_argnums=(0,))
 
 
 def _attend_forward(calls: tuple[Call, Call], *arrays: Any) -> tuple[jax.Array, tuple[Any, ...]]:
@@ -113,7 +118,7 @@ def _attend_forward(calls: tuple[Call, Call], *arrays: Any) -> tuple[jax.Array, 
 def _attend_backward(
     calls: tuple[Call, Call], arrays: tuple[Any, ...], d_out: jax.Array
 ) -> tuple[jax.Array | None, ...]:
-    dq, dk, dv, d_position, d_time = backward(calls[1], d_out, *arrays)
+    dq, dk, dv, d_position, d_time = _gradients(calls[1], d_out, *arrays)
     placed = (_placed(d, x.shape[2], start) for d, x, start in zip((dq, dk, dv), arrays, calls[1].starts))
     return *placed, d_position, d_time, None
 

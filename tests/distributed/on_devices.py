@@ -7,10 +7,16 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from genrec_jax.config import default_trial, override
 from genrec_jax.data.pipeline import TrainStream
+from genrec_jax.data.schema import Schema
 from genrec_jax.data.sequences import Sequences
-from genrec_jax.distributed.mesh import make_mesh, parse_mesh, placed
+from genrec_jax.distributed.collectives import KINDS
+from genrec_jax.distributed.mesh import make_mesh, parse_mesh, placed, share_of
+from genrec_jax.distributed.plan import plan_on
+from genrec_jax.distributed.topology import parse_topology
 from genrec_jax.retrieval_loss import Popularity
 from genrec_jax.train.estimate import abstract_model, init_params
 from genrec_jax.train.optimizer import make_optimizer, make_row_rule
@@ -52,10 +58,24 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+def sent(mesh: Mesh) -> dict[str, float]:
+    """Bytes of the collectives of a compiled step of DLRM, by kind, beside those of its parameters."""
+    trial = override(default_trial("dlrm"), {"train.batch_rows": 16, "model.width": 64, "data.history": 8})
+    schema = Schema(items=1024, tasks=("click",))
+    plan = plan_on(mesh, trial, schema, parse_topology("v5e:2x4"), 10)
+    arrays = jax.tree.leaves(init_params(trial, schema))
+    divided = sum(x.nbytes for x in arrays if "fsdp" in share_of(mesh, x.shape))
+    found = {kind: sum(one.payload for one in plan.collectives if one.kind == kind) for kind in KINDS}
+    held = {"held": plan.state["parameters"] + plan.state["tables"]}
+    return found | held | {"divided": divided, "whole": sum(x.nbytes for x in arrays) - divided}
+
+
 def main(folder: Path) -> dict[str, dict[str, float]]:
     sequences, found = random_dataset(folder / "log", users=60), {}
+    for mesh in MESHES:
+        found[f"sent {mesh}"] = sent(make_mesh(parse_mesh(mesh)))
     for name, settings in CASES:
-        settings = {"train.learning_rate": 0.003, "train.embedding_learning_rate": 0.003, "model.width": 32, **settings}
+        settings = {"train.learning_rate": 0.003, "train.embedding_learning_rate": 0.003, "model.width": 16, **settings}
         one = trained(sequences, name, settings, None)
         spread = max(one[0]) - min(one[0])
         for mesh in MESHES:

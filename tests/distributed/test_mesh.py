@@ -27,13 +27,19 @@ def sequences(tmp_path_factory: pytest.TempPathFactory) -> Sequences:
     return random_dataset(tmp_path_factory.mktemp("data") / "log", users=60)
 
 
-def test_eight_devices_follow_one(tmp_path: Path) -> None:
-    """Fifty steps of each model with the same draws: losses and parameters of a single device."""
-    command = [sys.executable, "-m", "tests.distributed.on_devices", str(tmp_path)]
+@pytest.fixture(scope="module")
+def on_devices(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
+    """What tests/distributed/on_devices.py found on eight devices."""
+    command = [sys.executable, "-m", "tests.distributed.on_devices", str(tmp_path_factory.mktemp("eight"))]
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_eight_devices_follow_one(on_devices: dict[str, dict[str, float]]) -> None:
+    """Fifty steps of each model with the same draws: losses and parameters of a single device."""
+    found = {name: case for name, case in on_devices.items() if not name.startswith("sent")}
     assert set(found) == {f"{name} {mesh}" for name, _ in CASES for mesh in MESHES}
     for name, case in found.items():
         assert case["loss"] < 1e-5, name
@@ -41,6 +47,20 @@ def test_eight_devices_follow_one(tmp_path: Path) -> None:
         assert case["spread"] > 0.01, name  # losses that change, and by far more than they come apart
         shares = 4 if name.endswith("fsdp=4") else 8 if name.endswith("fsdp=8") else 1
         assert 1 / shares <= case["held"] < 1 / shares + 0.2, name  # some arrays are small, or cannot be divided evenly
+
+
+@pytest.mark.parametrize(("mesh", "fsdp"), [("data=8", 1), ("fsdp=8", 8), ("data=2,fsdp=4", 4)])
+def test_collectives_are_those_of_the_hand_count(on_devices: dict[str, dict[str, float]], mesh: str, fsdp: int) -> None:
+    """What is divided is gathered once and its gradient divided once; a sum over data of the shares, and over all
+    devices of the rest, of the loss and of the number of targets. Norms of shares are a few numbers more."""
+    found = on_devices[f"sent {mesh}"]
+    divided, whole = found["divided"], found["whole"]
+    assert found["held"] == divided / fsdp + whole
+    assert (divided > 10 * whole) == (fsdp > 1)
+    assert found["all-gather"] == found["reduce-scatter"] == divided
+    shares = divided / fsdp if mesh.startswith("data=2") else 0
+    assert 0 <= found["all-reduce"] - (whole + shares + 8) <= 128
+    assert found["all-to-all"] == found["collective-permute"] == 0
 
 
 @pytest.mark.parametrize(("model", "settings"), [("hstu", {"model.heads": 2}), ("sasrec", {"model.negatives": 3})])
