@@ -112,6 +112,7 @@ def train(
     out: Path,
     set: Many[tuple[str, ...]] = (),
     mesh: str | None = None,
+    remat: bool = False,
     quiet: bool = False,
 ) -> None:
     """Train one trial and write its folder; run again to resume.
@@ -121,12 +122,14 @@ def train(
         model: Architecture by name.
         out: Folder of the trial.
         set: dotted.key=value of the configuration; repeat for several.
-        mesh: Devices that share the rows of a batch, for example data=8 (default: one device).
+        mesh: Devices that share the rows of a batch (data) and the parameters, too (fsdp), for example data=2,fsdp=4
+            (default: one device).
+        remat: Keep less between the forward and the backward pass of a block and compute it again.
         quiet: Plain lines instead of a progress bar.
     """
     from experiments.trial import train_command
 
-    train_command(data, model, set, out, mesh=mesh, quiet=quiet)
+    train_command(data, model, set, out, mesh=mesh, remat=remat, quiet=quiet)
 
 
 def plan(
@@ -135,6 +138,7 @@ def plan(
     topology: str,
     mesh: str | None = None,
     search: bool = False,
+    remat: bool = False,
     items: int | None = None,
     task: Many[tuple[str, ...]] = (),
     set: Many[tuple[str, ...]] = (),
@@ -146,14 +150,15 @@ def plan(
         topology: Slice of TPU chips, for example v5e:2x2 or v5p:8x16x16.
         mesh: How its devices share the work, for example data=2,fsdp=2 (default: they share the rows).
         search: Compile several meshes and rank them.
+        remat: As of genrec train.
         items: Number of items of the data (of a model).
         task: Name of a task (of a ranker; one task if none is given); repeat for several.
         set: dotted.key=value of the configuration; repeat for several.
     """
     from experiments.plan import plan_command
 
-    done = plan_command(what, topology=topology, mesh=mesh, search=search, items=items, tasks=task, settings=set)
-    sys.exit(done)
+    asked = functools.partial(plan_command, what, topology=topology, mesh=mesh, search=search, remat=remat)
+    sys.exit(asked(items=items, tasks=task, settings=set))
 
 
 def sweep(

@@ -1,7 +1,8 @@
 """``genrec plan``: does a trial fit on TPUs that are not here, and how long does it take at least?"""
 
+import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -18,6 +19,8 @@ from genrec_jax.distributed.topology import Topology, larger, parse_topology, pr
 from genrec_jax.errors import UserError
 from genrec_jax.models import registry
 
+Compiled = Callable[[Topology, dict[str, int]], Plan]
+
 
 def plan_command(
     what: str,
@@ -25,6 +28,7 @@ def plan_command(
     topology: str,
     mesh: str | None,
     search: bool,
+    remat: bool,
     items: int | None,
     tasks: Sequence[str],
     settings: Sequence[str],
@@ -33,20 +37,21 @@ def plan_command(
     where = parse_topology(topology)
     trial, schema, steps = _trial(what, items, tasks, settings)
     prepare()
+    compiled = functools.partial(plan_step, trial, schema, steps=max(steps, 1), remat=remat)
     if search:
         if mesh is not None:
             raise UserError("--search looks for a mesh, so it takes no --mesh")
-        return _search(trial, schema, where, steps)
+        return _search(compiled, where)
     sizes = {"data": where.devices} if mesh is None else parse_mesh(mesh)
     console = Console(highlight=False)
-    plan = plan_step(trial, schema, where, sizes, max(steps, 1))
+    plan = compiled(where, sizes)
     console.print(_head(what, plan))
     if plan.fits:
         console.print(_table(plan, steps))
         return 0
     console.print(_memory(plan))
     console.print(f"It does not fit: {plan.problem or f'a step needs {_bytes(plan.memory)} of {_bytes(plan.room)}'}.")
-    console.print(_smallest(trial, schema, plan, steps))
+    console.print(_smallest(compiled, plan, trial.train.batch_rows))
     return 1
 
 
@@ -71,13 +76,13 @@ def _trial(what: str, items: int | None, tasks: Sequence[str], settings: Sequenc
     return trial, Schema(items + 1, tuple(tasks) or (("click",) if ranks else ())), trial.train.steps
 
 
-def _search(trial: Trial, schema: Schema, where: Topology, steps: int) -> int:
+def _search(compiled: Compiled, where: Topology) -> int:
     """Ranks meshes by the time of a step; those that do not fit come last."""
     console = Console(highlight=False)
     found = []
     for sizes in meshes(where.devices):
         console.print(f"compiling {mesh_name(sizes)}", style="dim")
-        found.append(plan_step(trial, schema, where, sizes, max(steps, 1)))
+        found.append(compiled(where, sizes))
     table = Table("mesh", "bytes a device", "sent a step", "step at least", "bound by", "MFU at most", box=None)
     for plan in ranked(found):
         told = [_bytes(plan.memory), _bytes(plan.sent), _time(plan.step_seconds), _bound(plan)]
@@ -100,16 +105,16 @@ def ranked(plans: Iterable[Plan]) -> list[Plan]:
     return sorted(plans, key=lambda p: (not p.fits, round(p.step_seconds, 6), p.memory))
 
 
-def _smallest(trial: Trial, schema: Schema, plan: Plan, steps: int) -> str:
+def _smallest(compiled: Compiled, plan: Plan, rows: int) -> str:
     """The smallest slice of the same chips that the trial fits on, its parameters divided over all devices."""
     for where in larger(plan.topology):
-        if trial.train.batch_rows % where.devices:
-            return f"No slice up to {trial.train.batch_rows} devices (train.batch_rows) was found that it fits on."
+        if rows % where.devices:
+            return f"No slice up to {rows} devices (train.batch_rows) was found that it fits on."
         sizes = {"fsdp": where.devices}
         held = sum(plan.state.values()) * math.prod(plan.mesh.values()) / plan.mesh.get("data", 1)
         if held / where.devices > plan.room:  # no need to ask the compiler
             continue
-        tried = plan_step(trial, schema, where, sizes, max(steps, 1))
+        tried = compiled(where, sizes)
         if tried.fits:
             return f"The smallest slice that it fits on is {where.name} with --mesh {mesh_name(sizes)}: {_fit(tried)}."
     return f"It fits on no slice of {plan.topology.name.partition(':')[0]} chips."

@@ -1,6 +1,7 @@
 """``genrec train``: one trial in one folder, with a progress bar."""
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ def parse_settings(settings: Sequence[str]) -> dict[str, str]:
     return out
 
 
-def train_command(data: Path, model: str, settings: Sequence[str], out: Path, *, mesh: str | None, quiet: bool) -> None:
+def train_command(
+    data: Path, model: str, settings: Sequence[str], out: Path, *, mesh: str | None, remat: bool, quiet: bool
+) -> None:
     """Trains (or resumes) the trial and prints its result."""
     trial = override(default_trial(model), parse_settings(settings))
     folder = load_any(data, quiet=quiet)
@@ -41,6 +44,7 @@ def train_command(data: Path, model: str, settings: Sequence[str], out: Path, *,
     from genrec_jax.train.loop import train
 
     devices = None if mesh is None else make_mesh(parse_mesh(mesh))
+    work = functools.partial(train, trial, out, mesh=devices, remat=remat)
     enable_compilation_cache()
     out.mkdir(parents=True, exist_ok=True)
     held = lock(out / "lock", wait=False)
@@ -48,7 +52,7 @@ def train_command(data: Path, model: str, settings: Sequence[str], out: Path, *,
         raise UserError(f"another process trains in {out}; let it finish or choose another --out")
     with held, _saying_how_to_go_on():
         if quiet:
-            result = train(trial, out, mesh=devices, on_progress=lambda record: print(_line(record), flush=True))
+            result = work(on_progress=lambda record: print(_line(record), flush=True))
         else:
             columns = (
                 TextColumn("{task.description}"),
@@ -63,7 +67,7 @@ def train_command(data: Path, model: str, settings: Sequence[str], out: Path, *,
                     told = f"loss {record['loss']:.4f}  {record['examples_per_second']:.0f} targets/s"
                     progress.update(bar, completed=record["step"], total=record["steps"], rate=told)
 
-                result = train(trial, out, mesh=devices, on_progress=show)
+                result = work(on_progress=show)
     _show(result)
 
 

@@ -14,6 +14,7 @@ from genrec_jax.distributed.collectives import Collective, collectives
 from genrec_jax.distributed.mesh import make_mesh, placed, rows_of
 from genrec_jax.distributed.topology import Topology
 from genrec_jax.errors import UserError
+from genrec_jax.nn.stack import rematerialised
 from genrec_jax.train.estimate import abstract_batch, abstract_model, init_params
 from genrec_jax.train.optimizer import is_table, make_optimizer, make_row_rule
 from genrec_jax.train.step import init_state, make_step, pieces_here
@@ -78,11 +79,13 @@ class Plan:
         return self.seconds()["products"] / self.step_seconds if self.step_seconds else 0.0
 
 
-def plan_step(trial: Trial, schema: Schema, topology: Topology, sizes: dict[str, int], steps: int) -> Plan:
+def plan_step(
+    trial: Trial, schema: Schema, topology: Topology, sizes: dict[str, int], steps: int, remat: bool = False
+) -> Plan:
     """Compiles the step that `genrec train` would run, for every device of the topology; nothing is allocated.
 
-    ``steps``: of the trial, for the schedule of its learning rate. `topology.prepare` must have been called. Raises
-    UserError for a mesh that the topology or the batch cannot be divided by.
+    ``steps``: of the trial, for the schedule of its learning rate. ``remat``: as of `train`. Call `topology.prepare`
+    first. Raises UserError for a mesh that the topology or the batch cannot be divided by.
     """
     from jax.experimental import topologies
 
@@ -90,13 +93,14 @@ def plan_step(trial: Trial, schema: Schema, topology: Topology, sizes: dict[str,
         raise UserError(f"the mesh has {math.prod(sizes.values())} devices, {topology.name} has {topology.devices}")
     found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name)
     with compiling_for("tpu"):
-        return plan_on(make_mesh(sizes, found.devices), trial, schema, topology, steps)
+        return plan_on(make_mesh(sizes, found.devices), trial, schema, topology, steps, remat)
 
 
-def plan_on(mesh: Mesh, trial: Trial, schema: Schema, topology: Topology, steps: int) -> Plan:
+def plan_on(mesh: Mesh, trial: Trial, schema: Schema, topology: Topology, steps: int, remat: bool = False) -> Plan:
     """As :func:`plan_step`, for the devices of a mesh."""
     pieces = pieces_here(trial.train, mesh)
     model = abstract_model(trial, schema)
+    model = rematerialised(model) if remat else model
     optimizer, rule = make_optimizer(trial.train, steps), make_row_rule(trial.train, steps)
     state = jax.eval_shape(lambda: init_state(init_params(trial, schema), optimizer, trial.seed, rule))
     there = jax.tree.map(_on, state, placed(mesh, state))

@@ -10,27 +10,44 @@ from genrec_jax.nn.cost import Cost, total
 from genrec_jax.nn.hstu import HSTUBlock
 from genrec_jax.nn.sasrec import SASRecBlock
 from genrec_jax.nn.transformer_block import TransformerBlock
-from kernels_pallas.hstu_attention import TIME_BUCKETS, Tokens, plan
+from kernels_pallas.hstu_attention import TIME_BUCKETS, Plan, Tokens, plan
 
 Block = HSTUBlock | SASRecBlock | TransformerBlock
 
 
 class Stack(nnx.Module):
-    """Blocks one after the other; what they share (masks, distances, time buckets) is prepared once per call."""
+    """Blocks one after the other; what they share (masks, distances, time buckets) is prepared once per call.
+
+    With ``remat`` only what goes from block to block is kept for the backward pass, which computes the rest again.
+    """
 
     def __init__(self, blocks: Sequence[Block], *, longest: int):
         """``longest``: n of the blocks' position tables [2n - 1], 0 if they have no relative bias."""
         self.blocks = nnx.List(blocks)
         self.longest = longest
+        self.remat = False
 
     def __call__(self, x: jax.Array, tokens: Tokens, *, rngs: nnx.Rngs | None = None) -> jax.Array:
         """x [B, T, D] -> [B, T, D]; whatever padding tokens hold is dropped here."""
         x = jnp.where((tokens.segment > 0)[..., None], x, 0)
         pairs = plan(tokens, positions=self.longest, buckets=TIME_BUCKETS if self.longest else 0)
+        run = nnx.remat(_run) if self.remat else _run
         for block in self.blocks:
-            x = block(x, pairs, rngs=rngs)
+            x = run(block, x, pairs, rngs)
         return x
 
     def cost(self, tokens: int, pairs: float) -> Cost:
         """Cost of one row of ``tokens`` tokens (padding included) with ``pairs`` visible pairs."""
         return total([block.cost(tokens, pairs) for block in self.blocks])
+
+
+def _run(block: Block, x: jax.Array, pairs: Plan, rngs: nnx.Rngs | None) -> jax.Array:
+    return block(x, pairs, rngs=rngs)
+
+
+def rematerialised[M: nnx.Module](model: M) -> M:
+    """The model, told to keep between the passes no more of its stacks than their blocks' inputs."""
+    for _, module in nnx.iter_graph(model):
+        if isinstance(module, Stack):
+            module.remat = True
+    return model

@@ -22,6 +22,7 @@ from genrec_jax.distributed.mesh import placed, rows_of
 from genrec_jax.errors import UserError
 from genrec_jax.models.base import Goal
 from genrec_jax.models.registry import Model
+from genrec_jax.nn.stack import rematerialised
 from genrec_jax.retrieval_loss import Popularity
 from genrec_jax.train.checkpoint import Checkpoints
 from genrec_jax.train.estimate import Account, abstract_model, account, init_params
@@ -42,11 +43,17 @@ Progress = Callable[[dict[str, Any]], None]
 
 
 def train(
-    trial: Trial, run_dir: Path, *, mesh: Mesh | None = None, on_progress: Progress | None = None
+    trial: Trial,
+    run_dir: Path,
+    *,
+    mesh: Mesh | None = None,
+    remat: bool = False,
+    on_progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Trains to the trial's budget, evaluates, and returns what it wrote to ``result.json``.
 
-    ``mesh``: the devices that share the work, None for one. It is no part of the trial: another may go on with it.
+    ``mesh``: the devices that share the work, None for one. ``remat``: keep less for the backward pass and compute it
+    again (:class:`genrec_jax.nn.stack.Stack`). Neither is part of the trial: a run may go on with others.
 
     ``on_progress`` receives every line of ``metrics.jsonl`` that has a loss, as it is written. A loss that is not
     finite, or above three times the first one logged, ends the run with status "diverged". SIGTERM writes a checkpoint
@@ -59,6 +66,7 @@ def train(
     pieces_here(trial.train, mesh)  # refuses a batch that cannot be divided
     stream = TrainStream(sequences, trial.data, trial.model.rows, trial.train.batch_rows, seed=trial.seed)
     model = abstract_model(trial, sequences.schema, Popularity(stream.target_counts()))
+    model = rematerialised(model) if remat else model
     counts = account(trial, model, stream)
     write_json(run_dir / "config.json", trial.to_json())
     params = init_params(trial, sequences.schema)

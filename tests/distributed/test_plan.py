@@ -76,8 +76,8 @@ def test_why_it_does_not_fit(message: str, said: str) -> None:
 def compiled_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps are compiled for one CPU, and reported as those of the topology."""
 
-    def here(trial, schema, topology, sizes, steps):
-        found = plans.plan_on(make_mesh(parse_mesh("data=1")), trial, schema, topology, steps)
+    def here(trial, schema, topology, sizes, steps, remat):
+        found = plans.plan_on(make_mesh(parse_mesh("data=1")), trial, schema, topology, steps, remat)
         return dataclasses.replace(found, mesh=sizes)
 
     monkeypatch.setattr(command, "prepare", lambda: None)
@@ -103,8 +103,8 @@ def test_what_is_too_big_is_told_what_it_fits_on(
 ) -> None:
     real = command.plan_step
 
-    def full(trial, schema, topology, sizes, steps):
-        found = real(trial, schema, topology, sizes, steps)
+    def full(trial, schema, topology, sizes, steps, remat):
+        found = real(trial, schema, topology, sizes, steps, remat)
         return found if topology.chips >= 16 else dataclasses.replace(found, problem="a step needs 20G of 16G")
 
     monkeypatch.setattr(command, "plan_step", full)
