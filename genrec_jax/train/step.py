@@ -118,8 +118,8 @@ def _rngs(key: jax.Array, own: jax.Array) -> nnx.Rngs:
 
 def _asked(model: Model, params: Any, key: jax.Array, parts: Batch, keys: jax.Array) -> dict[Place, jax.Array]:
     """The ids [pieces, N] that the pieces ask each table for."""
-    bound = bind(model, params)
-    return jax.lax.map(lambda part: lookups(bound, part[0], _rngs(key, part[1])), (parts, keys))
+    # Bound where it is used: what a model holds may only change at the trace level that made it.
+    return jax.lax.map(lambda part: lookups(bind(model, params), part[0], _rngs(key, part[1])), (parts, keys))
 
 
 def _asked_on(mesh: Mesh, model: Model, params: Any, *arguments: Any) -> dict[Place, jax.Array]:

@@ -46,9 +46,10 @@ def test_the_same_gradients_from_half_the_memory(sequences: Sequences, name: str
     assert least < most / 2
 
 
-def test_a_run_goes_on_with_it(sequences: Sequences, tmp_path: Path) -> None:
-    """It is no part of the trial, and changes none of its numbers."""
-    trial = trial_of(sequences, "hstu", **{"model.depth": 2, "model.heads": 2, "model.dropout": 0.1})
+@pytest.mark.parametrize("rule", ["adamw", "rowwise_adagrad"])
+def test_it_changes_no_number_of_a_run(sequences: Sequences, tmp_path: Path, rule: str) -> None:
+    sizes = {"model.depth": 2, "model.heads": 2, "model.dropout": 0.1}
+    trial = trial_of(sequences, "hstu", **sizes, **{"train.embedding_optimizer": rule, "train.pieces": 2})
     loop.train(trial, tmp_path / "kept")
     loop.train(trial, tmp_path / "again", remat=True)
     for one, other in zip(lines(tmp_path / "kept"), lines(tmp_path / "again"), strict=True):
