@@ -62,8 +62,8 @@ def _trial(what: str, items: int | None, tasks: Sequence[str], settings: Sequenc
             raise UserError(f"--items and --tasks go with a model; {what} is a recipe, which knows its dataset")
         recipe = read(what)
         trial = override(recipe.trial("original", 0), parse_settings(settings))
-        users = recipe.users or 0
-        steps = trial.train.steps or round(users * trial.train.epochs / trial.train.batch_rows)
+        epoch = -(-(recipe.users or 0) // trial.train.batch_rows)  # recipes draw whole users for a batch
+        steps = trial.train.steps or round(epoch * trial.train.epochs)
         return trial, Schema(recipe.items + 1, ()), steps
     if what not in registry.names():
         raise UserError(
