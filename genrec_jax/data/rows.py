@@ -80,7 +80,12 @@ def supervised_targets(kind: Rows, rows: RowTable, lengths: np.ndarray) -> int:
 
 def target_events(kind: Rows, rows: RowTable) -> np.ndarray:
     """Event indices of the targets that :func:`supervised_targets` counts, row after row."""
-    first = {"requests": rows.target_start, "windows": rows.history_start, "users": rows.history_start + 1}[kind]
+    first = {
+        "requests": rows.target_start,
+        "prefixes": rows.history_start,
+        "windows": rows.history_start,
+        "users": rows.history_start + 1,
+    }[kind]
     owner, within = _expand(rows.target_stop - first)
     return first[owner] + within
 

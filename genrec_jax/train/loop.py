@@ -65,7 +65,9 @@ def train(
     run_dir.mkdir(parents=True, exist_ok=True)
     pieces_here(trial.train, mesh)  # refuses a batch that cannot be divided
     stream = TrainStream(sequences, trial.data, trial.model.rows, trial.train.batch_rows, seed=trial.seed)
-    model = abstract_model(trial, sequences.schema, Popularity(stream.target_counts()))
+    # Only a retriever's loss asks how often an item is a target, and a ranker's rows may hold an event many times.
+    popularity = Popularity(stream.target_counts()) if trial.model.goal == "retrieval" else None
+    model = abstract_model(trial, sequences.schema, popularity)
     model = rematerialised(model) if remat else model
     counts = account(trial, model, stream)
     write_json(run_dir / "config.json", trial.to_json())

@@ -76,7 +76,7 @@ def test_users_rows_supervise_one_target_per_history_event(stream_of):
     assert all((b.candidates.segment == [[1, 0, 0]]).all() for b in batches)
 
 
-@pytest.mark.parametrize("kind", ["requests", "windows", "users"])
+@pytest.mark.parametrize("kind", ["requests", "windows", "prefixes", "users"])
 def test_target_counts_are_those_of_one_pass(sequences, stream_of, kind):
     stream = stream_of(kind, batch_rows=1)
     counts = np.zeros(sequences.schema.items, np.int64)

@@ -1,14 +1,18 @@
-"""The studies of how rows are cut and thinned: their trials resolve, and cost what they are compared at."""
+"""The studies of how rows are cut and thinned: their trials resolve, train, and cost what they are compared at."""
 
+import math
 from collections import defaultdict
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from experiments import generative, generative_tuning, stochastic_length
 from experiments.study import PlannedTrial, Study
+from genrec_jax.config import default_trial, override
 from genrec_jax.data.sequences import Sequences
 from genrec_jax.train.estimate import Account, plan_account
+from genrec_jax.train.loop import train
 from tests.data.helpers import random_dataset
 
 
@@ -57,3 +61,13 @@ def test_recipes_are_what_the_tuning_tried(sequences: Sequences) -> None:
     assert len(middle) == 4
     for trial in middle:
         assert replace(trial, train=replace(trial.train, report_test=False)) in tried
+
+
+@pytest.mark.parametrize("name", generative.CUTS)
+def test_every_cut_is_trained(sequences: Sequences, tmp_path: Path, name: str) -> None:
+    """A trial of each, from the first step to its result."""
+    small = {"data.path": str(sequences.path), "model.width": 8, "model.depth": 1, "data.history": 8, "train.steps": 2}
+    trial = override(default_trial("hstu"), {**generative.BASE, **generative.CUTS[name], **small})
+    result = train(trial, tmp_path / "trial")
+    assert result["status"] == "done"
+    assert math.isfinite(result["ne"])
