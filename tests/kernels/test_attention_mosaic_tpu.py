@@ -232,13 +232,13 @@ def test_lowers_under_scan_remat_vmap_and_shard_map():
 def test_columns_that_are_whole_blocks_are_read_where_they_lie(monkeypatch):
     """Two heads of 64 and 128 features fill 128 and 256 lanes; queries that begin inside a block are copied."""
     widths = []
-    forward = mosaic_tpu.forward
+    forward = mosaic_tpu._output
 
     def spy(call, q, k, v, *rest):
         widths.append([x.shape[2] for x in (q, k, v)])
         return forward(call, q, k, v, *rest)
 
-    monkeypatch.setattr(mosaic_tpu, "forward", spy)
+    monkeypatch.setattr(mosaic_tpu, "_output", spy)
     rng = np.random.default_rng(4)
     tokens = padded_tokens(jnp.array([150]), 150)
     wide, cotangent = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((1, 150, 768), (1, 150, 2, 128)))
