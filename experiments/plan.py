@@ -59,7 +59,7 @@ def _trial(what: str, items: int | None, tasks: Sequence[str], settings: Sequenc
     """The trial, what it knows of its data, and its number of steps (0: not known)."""
     if what in names():
         if items is not None or tasks:
-            raise UserError(f"--items and --tasks go with a model; {what} is a recipe, which knows its dataset")
+            raise UserError(f"--items and --task go with a model; {what} is a recipe, which knows its dataset")
         recipe = read(what)
         trial = override(recipe.trial("original", 0), parse_settings(settings))
         epoch = -(-(recipe.users or 0) // trial.train.batch_rows)  # recipes draw whole users for a batch
@@ -71,6 +71,8 @@ def _trial(what: str, items: int | None, tasks: Sequence[str], settings: Sequenc
         )
     if items is None:
         raise UserError(f"a plan for the model {what} needs --items, the number of items of its data")
+    if items < 1:
+        raise UserError(f"--items must be at least 1, not {items}")
     trial = override(default_trial(what), parse_settings(settings))
     ranks = trial.model.goal == "ranking"
     return trial, Schema(items + 1, tuple(tasks) or (("click",) if ranks else ())), trial.train.steps

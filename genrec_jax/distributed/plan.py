@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from genrec_jax.config import Trial
@@ -15,6 +16,7 @@ from genrec_jax.distributed.mesh import make_mesh, placed, rows_of
 from genrec_jax.distributed.topology import Topology
 from genrec_jax.errors import UserError
 from genrec_jax.nn.stack import rematerialised
+from genrec_jax.retrieval_loss import Popularity
 from genrec_jax.train.estimate import abstract_batch, abstract_model, init_params
 from genrec_jax.train.optimizer import is_table, make_optimizer, make_row_rule
 from genrec_jax.train.step import init_state, make_step, pieces_here
@@ -25,8 +27,8 @@ from kernels_pallas.target import compiling_for
 class Plan:
     """A training step on each device of a mesh.
 
-    state: bytes of what it holds between steps, by kind. batch, temporaries, program: bytes beside it while it runs, by
-    the compiler's account. flops: the model's own account (3 x forward), a device's share. traffic: bytes to and from
+    state: bytes of what it holds between steps, by kind. batch, temporaries: bytes beside it while it runs, by the
+    compiler's account. flops: the model's own account (3 x forward), a device's share. traffic: bytes to and from
     HBM, by the compiler's account. problem: why it does not fit, in which case all after ``state`` is 0.
     """
 
@@ -99,7 +101,8 @@ def plan_step(
 def plan_on(mesh: Mesh, trial: Trial, schema: Schema, topology: Topology, steps: int, remat: bool = False) -> Plan:
     """As :func:`plan_step`, for the devices of a mesh."""
     pieces = pieces_here(trial.train, mesh)
-    model = abstract_model(trial, schema)
+    uniform = Popularity(np.ones(schema.items, np.int64))  # a retriever's loss may need one; its numbers do not matter
+    model = abstract_model(trial, schema, uniform if trial.model.goal == "retrieval" else None)
     model = rematerialised(model) if remat else model
     optimizer, rule = make_optimizer(trial.train, steps), make_row_rule(trial.train, steps)
     state = jax.eval_shape(lambda: init_state(init_params(trial, schema), optimizer, trial.seed, rule))

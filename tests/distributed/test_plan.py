@@ -91,7 +91,8 @@ def planned(*args: str) -> int:
 
 
 def test_the_command_prints_a_plan(compiled_here: None, capsys: pytest.CaptureFixture[str]) -> None:
-    assert planned("ml-1m-sasrec", "--topology", "v5e:2x2", "--set", "model.depth=1") == 0
+    settings = ("--set", "model.depth=1", "--set", "model.sampling=popularity")
+    assert planned("ml-1m-sasrec", "--topology", "v5e:2x2", *settings) == 0
     told = capsys.readouterr().out
     assert "ml-1m-sasrec on v5e:2x2 (4 chips), mesh data=4; per device:" in told
     for line in ("tables", "optimiser of tables", "of 16 GiB", "at least, bound by", "4,848 steps", "chip-hours"):
@@ -122,7 +123,8 @@ def test_what_is_too_big_is_told_what_it_fits_on(
     [
         (["nothing", "--topology", "v5e:2x2"], "'nothing' is neither a recipe (amazon-books-hstu"),
         (["dlrm", "--topology", "v5e:2x2"], "needs --items"),
-        (["ml-1m-hstu", "--topology", "v5e:2x2", "--items", "3"], "--items and --tasks go with a model"),
+        (["dlrm", "--topology", "v5e:2x2", "--items", "0"], "--items must be at least 1, not 0"),
+        (["ml-1m-hstu", "--topology", "v5e:2x2", "--items", "3"], "--items and --task go with a model"),
         (["ml-1m-hstu", "--topology", "v5e:5x5"], "the shapes of v5e are"),
         (["ml-1m-hstu", "--topology", "v5e:2x2", "--search", "--mesh", "data=4"], "takes no --mesh"),
         (["ml-1m-hstu", "--topology", "v5e:2x2", "--mesh", "data=3"], "the mesh has 3 devices, v5e:2x2 has 4"),
