@@ -41,7 +41,8 @@ def plan_command(
     if search:
         if mesh is not None:
             raise UserError("--search looks for a mesh, so it takes no --mesh")
-        return _search(compiled, where)
+        heads = getattr(trial.model, "heads", 1)
+        return _search(compiled, where, meshes(where.devices, trial.train.batch_rows, heads))
     sizes = {"data": where.devices} if mesh is None else parse_mesh(mesh)
     console = Console(highlight=False)
     plan = compiled(where, sizes)
@@ -78,11 +79,13 @@ def _trial(what: str, items: int | None, tasks: Sequence[str], settings: Sequenc
     return trial, Schema(items + 1, tuple(tasks) or (("click",) if ranks else ())), trial.train.steps
 
 
-def _search(compiled: Compiled, where: Topology) -> int:
+def _search(compiled: Compiled, where: Topology, among: Sequence[dict[str, int]]) -> int:
     """Ranks meshes by the time of a step; those that do not fit come last."""
+    if not among:
+        raise UserError(f"no mesh of {where.devices} devices divides train.batch_rows and model.heads evenly")
     console = Console(highlight=False)
     found = []
-    for sizes in meshes(where.devices):
+    for sizes in among:
         console.print(f"compiling {mesh_name(sizes)}", style="dim")
         found.append(compiled(where, sizes))
     table = Table("mesh", "bytes a device", "sent a step", "step at least", "bound by", "MFU at most", box=None)
@@ -95,11 +98,17 @@ def _search(compiled: Compiled, where: Topology) -> int:
     return 0 if any(plan.fits for plan in found) else 1
 
 
-def meshes(devices: int) -> list[dict[str, int]]:
-    """Rows alone, parameters divided too, and two between."""
+def meshes(devices: int, rows: int, heads: int) -> list[dict[str, int]]:
+    """Rows alone, parameters divided too, and two between; tokens of a row divided among 2 and among the most that
+    divide the heads. Those that divide the ``rows`` of a batch evenly."""
+    if devices == 1:
+        return [{"data": 1}]
     between = sorted({2 ** round(share * math.log2(devices)) for share in (1 / 3, 2 / 3)} - {1, devices})
     mixed = [{"data": devices // size, "fsdp": size} for size in between if devices % size == 0]
-    return [{"data": devices}, *mixed, {"fsdp": devices}] if devices > 1 else [{"data": 1}]
+    contexts = sorted({2, math.gcd(heads, devices)} - {1}) if heads % 2 == 0 and devices % 2 == 0 else []
+    divided = [({"fsdp": devices // size} if size < devices else {}) | {"context": size} for size in contexts]
+    found = [{"data": devices}, *mixed, {"fsdp": devices}, *divided]
+    return [sizes for sizes in found if rows % (devices // sizes.get("context", 1)) == 0]
 
 
 def ranked(plans: Iterable[Plan]) -> list[Plan]:

@@ -8,11 +8,13 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from genrec_jax.distributed.context import ALONE, Context
 from genrec_jax.errors import UserError
 
-# Both divide the rows of a batch. fsdp also divides every parameter and what the optimiser keeps of it: a device holds
-# its share, and gathers the whole for as long as it computes with it (Zhao et al., "PyTorch FSDP", VLDB 2023).
-AXES = ("data", "fsdp")
+# The first two divide the rows of a batch. fsdp also divides every parameter and what the optimiser keeps of it: a
+# device holds its share, and gathers the whole while it computes with it (Zhao et al., "PyTorch FSDP", VLDB 2023).
+# context divides the tokens of every row (genrec_jax/distributed/context.py).
+AXES = ("data", "fsdp", "context")
 _SMALLEST = 1024  # elements of an array that is worth dividing
 
 
@@ -39,12 +41,23 @@ def make_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Me
 
 def shares(mesh: Mesh | None) -> int:
     """How many equal parts the rows of a batch are divided into."""
-    return 1 if mesh is None else mesh.size
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in row_axes(mesh))
+
+
+def row_axes(mesh: Mesh) -> tuple[str, ...]:
+    """The axes that divide the rows of a batch."""
+    return tuple(axis for axis in mesh.axis_names if axis != "context")
 
 
 def rows_of(mesh: Mesh) -> PartitionSpec:
     """Of arrays whose first axis is the rows of a batch."""
-    return PartitionSpec(mesh.axis_names)
+    return PartitionSpec(row_axes(mesh))
+
+
+def context_of(mesh: Mesh | None) -> Context:
+    """The devices that divide the tokens of a row among them."""
+    size = 1 if mesh is None else mesh.shape.get("context", 1)
+    return Context("context", size) if size > 1 else ALONE
 
 
 def share_of(mesh: Mesh, shape: tuple[int, ...]) -> PartitionSpec:
@@ -72,10 +85,10 @@ def gathered(params: Any, specs: Any) -> Any:
 
 
 def summed(mesh: Mesh, grads: Any, specs: Any) -> Any:
-    """Sums of a device's gradients over the axes that :func:`gathered` has not summed over."""
+    """Sums of a device's gradients over the axes of rows that :func:`gathered` has not summed over."""
 
     def over_others(g: jax.Array, spec: PartitionSpec) -> jax.Array:
-        others = tuple(axis for axis in mesh.axis_names if axis not in spec)
+        others = tuple(axis for axis in row_axes(mesh) if axis not in spec)
         return jax.lax.psum(g, others) if others else g
 
     return jax.tree.map(over_others, grads, specs)

@@ -12,10 +12,10 @@ from jax.sharding import Mesh, NamedSharding
 from genrec_jax.config import Trial
 from genrec_jax.data.schema import Schema
 from genrec_jax.distributed.collectives import Collective, collectives
-from genrec_jax.distributed.mesh import make_mesh, placed, rows_of
+from genrec_jax.distributed.mesh import context_of, make_mesh, placed, rows_of
 from genrec_jax.distributed.topology import Topology
 from genrec_jax.errors import UserError
-from genrec_jax.nn.stack import rematerialised
+from genrec_jax.nn.stack import over_context, rematerialised
 from genrec_jax.retrieval_loss import Popularity
 from genrec_jax.train.estimate import abstract_batch, abstract_model, init_params
 from genrec_jax.train.optimizer import is_table, make_optimizer, make_row_rule
@@ -103,7 +103,7 @@ def plan_on(mesh: Mesh, trial: Trial, schema: Schema, topology: Topology, steps:
     pieces = pieces_here(trial.train, mesh)
     uniform = Popularity(np.ones(schema.items, np.int64))  # a retriever's loss may need one; its numbers do not matter
     model = abstract_model(trial, schema, uniform if trial.model.goal == "retrieval" else None)
-    model = rematerialised(model) if remat else model
+    model = over_context(rematerialised(model) if remat else model, context_of(mesh))
     optimizer, rule = make_optimizer(trial.train, steps), make_row_rule(trial.train, steps)
     state = jax.eval_shape(lambda: init_state(init_params(trial, schema), optimizer, trial.seed, rule))
     there = jax.tree.map(_on, state, placed(mesh, state))

@@ -10,7 +10,7 @@ from flax import nnx
 
 from genrec_jax.nn.cost import Cost, total
 from kernels_pallas.dense import dense
-from kernels_pallas.gated_norm import keep_mask
+from kernels_pallas.gated_norm import Part, keep_mask
 
 Activation = Callable[[jax.Array], jax.Array]
 
@@ -59,11 +59,11 @@ class LayerNorm(nnx.LayerNorm):
         return Cost(dense_params=params, activation_bytes=float(rows * self.num_features * item))
 
 
-def dropout(x: jax.Array, rate: float, rngs: nnx.Rngs | None) -> jax.Array:
-    """Inverted dropout when ``rngs`` is given (training), the identity otherwise."""
+def dropout(x: jax.Array, rate: float, rngs: nnx.Rngs | None, part: Part | None = None) -> jax.Array:
+    """Inverted dropout when ``rngs`` is given (training), the identity otherwise; x may be a ``part`` of more."""
     if rngs is None or rate == 0.0:
         return x
-    return jnp.where(keep_mask(rngs.dropout(), x.shape, rate), x / (1.0 - rate), 0).astype(x.dtype)
+    return jnp.where(keep_mask(rngs.dropout(), x.shape, rate, part), x / (1.0 - rate), 0).astype(x.dtype)
 
 
 class MLP(nnx.Module):

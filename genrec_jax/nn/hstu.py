@@ -1,6 +1,7 @@
 """The HSTU block (Zhai et al., ICML 2024, arXiv 2402.17152, equations 1-3) in the variants of the public code."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,10 +9,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from genrec_jax.distributed.context import ALONE, Heads
 from genrec_jax.nn.basic import LayerNorm, Linear, dropout
 from genrec_jax.nn.cost import Cost, total
 from genrec_jax.nn.position import RelativeBias
-from kernels_pallas.gated_norm import gated_norm
+from kernels_pallas.gated_norm import Part, gated_norm
 from kernels_pallas.hstu_attention import (
     Columns,
     Plan,
@@ -81,6 +83,7 @@ class HSTUBlock(nnx.Module):
         ``out_bias``: of b_o; None for none.
         """
         self.heads, self.longest, self.dropout = heads, longest, dropout
+        self.context = ALONE
         self.values, self.keys = heads * v_width, heads * qk_width
         self.variant, self.alpha, self.true_length = variant, alpha, true_length
         self.norm = LayerNorm(
@@ -115,11 +118,16 @@ class HSTUBlock(nnx.Module):
     def __call__(self, x: jax.Array, plan: Plan, *, rngs: nnx.Rngs | None = None) -> jax.Array:
         """x [B, T, D], the pairs of its tokens -> [B, T, D]; dropout is on when ``rngs`` is given."""
         gate, v, q, k = self.projections(x)
+        length = plan.tokens.segment.shape[1]
+        attended = self.context.attend(functools.partial(self._attended, plan), q, k, v, length)
+        return self.merge(x, gate, attended, rngs=rngs, part=self.context.tokens(length))
+
+    def _attended(self, plan: Plan, q: Heads, k: Heads, v: Heads) -> jax.Array:
         attended = hstu_attention(q, k, v, plan, **self.attention())
-        if self.true_length:
-            scale = self.longest / sequence_lengths(plan.tokens.segment)
-            attended = (attended * scale[..., None, None]).astype(attended.dtype)
-        return self.merge(x, gate, attended, rngs=rngs)
+        if not self.true_length:
+            return attended
+        scale = self.longest / sequence_lengths(plan.tokens.segment)
+        return (attended * scale[..., None, None]).astype(attended.dtype)
 
     def attention(self) -> dict[str, Any]:
         """The arguments of `hstu_attention` that are the block's own."""
@@ -169,15 +177,24 @@ class HSTUBlock(nnx.Module):
         gate = mixed[..., : self.values]
         return (jax.nn.silu(gate) if self.variant.gate_only else gate), v, q, k
 
-    def merge(self, x: jax.Array, gate: jax.Array, attended: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """x [..., T, D], U [..., T, H * Dv], A V [..., T, H, Dv] -> the block's output [..., T, D]."""
+    def merge(
+        self,
+        x: jax.Array,
+        gate: jax.Array,
+        attended: jax.Array,
+        *,
+        rngs: nnx.Rngs | None = None,
+        part: Part | None = None,
+    ) -> jax.Array:
+        """x [..., T, D], U [..., T, H * Dv], A V [..., T, H, Dv] -> the block's output [..., T, D]; ``part``: which of
+        a row's tokens these are, None for all."""
         variant, flat = self.variant, attended.reshape(gate.shape)
         if not (variant.affine or variant.group_norm or variant.concat):
             key = rngs.dropout() if rngs is not None and self.dropout else None
-            return x + self.out(gated_norm(flat, gate, rate=self.dropout, key=key, eps=EPSILON))
+            return x + self.out(gated_norm(flat, gate, rate=self.dropout, key=key, part=part, eps=EPSILON))
         gated = gate * self.out_norm(attended).astype(gate.dtype)
         joined = jnp.concatenate([gate, flat, gated], axis=-1) if variant.concat else gated
-        return x + self.out(dropout(joined, self.dropout, rngs))
+        return x + self.out(dropout(joined, self.dropout, rngs, part))
 
     def cost(self, tokens: int, pairs: float) -> Cost:
         """Cost over ``tokens`` tokens of which ``pairs`` (query, key) pairs are visible."""

@@ -1,9 +1,12 @@
 """SASRec's block, as coded in HSTU's public research code (sequential/sasrec.py)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from genrec_jax.distributed.context import ALONE
 from genrec_jax.nn.basic import LayerNorm, Linear, dropout, fan_in_uniform, xavier_normal
 from genrec_jax.nn.cost import Cost, total
 from kernels_pallas.hstu_attention import Plan, softmax_attention
@@ -21,6 +24,7 @@ class SASRecBlock(nnx.Module):
 
     def __init__(self, width: int, heads: int, *, dropout: float, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.heads, self.head_width, self.dropout = heads, width // heads, dropout
+        self.context = ALONE
 
         def norm() -> LayerNorm:
             return LayerNorm(
@@ -46,10 +50,19 @@ class SASRecBlock(nnx.Module):
         normal = self.norm(x)
         q, k, v = self.projections(normal, x)
         key = rngs.dropout() if rngs is not None and self.dropout else None
-        attended = softmax_attention(q, k, v, plan, scale=self.head_width**-0.5, rate=self.dropout, key=key)
+        attention = functools.partial(
+            softmax_attention,
+            tokens=plan,
+            scale=self.head_width**-0.5,
+            rate=self.dropout,
+            key=key,
+            part=self.context.heads(self.heads),
+        )
+        length = plan.tokens.segment.shape[1]
+        attended, part = self.context.attend(attention, q, k, v, length), self.context.tokens(length)
         z = self.norm_ffn(normal + self.out(attended.reshape(x.shape)))
-        inner = dropout(jax.nn.relu(self.inner(z)), self.dropout, rngs)
-        return z + dropout(self.outer(inner), self.dropout, rngs)
+        inner = dropout(jax.nn.relu(self.inner(z)), self.dropout, rngs, part)
+        return z + dropout(self.outer(inner), self.dropout, rngs, part)
 
     def projections(self, normal: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """LN(X) and X [..., T, D] -> Q, K, V [..., T, H, D / H]."""

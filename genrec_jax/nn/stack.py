@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from genrec_jax.distributed.context import ALONE, Context
+from genrec_jax.errors import UserError
 from genrec_jax.nn.cost import Cost, total
 from genrec_jax.nn.hstu import HSTUBlock
 from genrec_jax.nn.sasrec import SASRecBlock
@@ -19,6 +21,7 @@ class Stack(nnx.Module):
     """Blocks one after the other; what they share (masks, distances, time buckets) is prepared once per call.
 
     With ``remat`` only what goes from block to block is kept for the backward pass, which computes the rest again.
+    In `jax.shard_map` the devices of a ``context`` divide the tokens among them, from the first block to the last.
     """
 
     def __init__(self, blocks: Sequence[Block], *, longest: int):
@@ -26,15 +29,17 @@ class Stack(nnx.Module):
         self.blocks = nnx.List(blocks)
         self.longest = longest
         self.remat = False
+        self.context = ALONE
 
     def __call__(self, x: jax.Array, tokens: Tokens, *, rngs: nnx.Rngs | None = None) -> jax.Array:
         """x [B, T, D] -> [B, T, D]; whatever padding tokens hold is dropped here."""
-        x = jnp.where((tokens.segment > 0)[..., None], x, 0)
+        length = x.shape[1]
+        x = self.context.divided(jnp.where((tokens.segment > 0)[..., None], x, 0))
         pairs = plan(tokens, positions=self.longest, buckets=TIME_BUCKETS if self.longest else 0)
         run = nnx.remat(_run) if self.remat else _run
         for block in self.blocks:
-            x = run(block, x, pairs, rngs)
-        return x
+            x = run(self.context.shared(block), x, pairs, rngs)
+        return self.context.together(x, length)
 
     def cost(self, tokens: int, pairs: float) -> Cost:
         """Cost of one row of ``tokens`` tokens (padding included) with ``pairs`` visible pairs."""
@@ -50,4 +55,22 @@ def rematerialised[M: nnx.Module](model: M) -> M:
     for _, module in nnx.iter_graph(model):
         if isinstance(module, Stack):
             module.remat = True
+    return model
+
+
+def over_context[M: nnx.Module](model: M, context: Context) -> M:
+    """The model, told that the devices of ``context`` divide the tokens of its rows, for use in `jax.shard_map`.
+
+    Raises UserError if a block's heads cannot be divided among them, which is what attention needs.
+    """
+    for _, module in nnx.iter_graph(model):
+        if not isinstance(module, Stack):
+            continue
+        module.context = context
+        for block in module.blocks:
+            block.context = context
+            if block.heads % context.size:
+                raise UserError(
+                    f"model.heads ({block.heads}) must be a multiple of the mesh's context ({context.size})"
+                )
     return model

@@ -1,12 +1,16 @@
 """The pre-norm softmax Transformer block: HSTU's control, under the same mask and the same relative bias."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from genrec_jax.distributed.context import ALONE
 from genrec_jax.nn.basic import MLP, LayerNorm, Linear, dropout
 from genrec_jax.nn.cost import Cost, total
 from genrec_jax.nn.position import RelativeBias
+from kernels_pallas.gated_norm import Part
 from kernels_pallas.hstu_attention import Plan, softmax_attention
 
 EXPANSION = 4  # FFN width over model width
@@ -20,6 +24,7 @@ class TransformerBlock(nnx.Module):
 
     def __init__(self, width: int, heads: int, *, longest: int, dropout: float, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.heads, self.head_width, self.dropout = heads, width // heads, dropout
+        self.context = ALONE
         self.norm = LayerNorm(width, dtype=dtype, rngs=rngs)
         self.project = Linear(width, 3 * width, dtype=dtype, rngs=rngs)
         self.bias = RelativeBias(longest, rngs=rngs)
@@ -30,16 +35,16 @@ class TransformerBlock(nnx.Module):
     def __call__(self, x: jax.Array, plan: Plan, *, rngs: nnx.Rngs | None = None) -> jax.Array:
         """x [B, T, D], the pairs of its tokens -> [B, T, D]; dropout is on when ``rngs`` is given."""
         q, k, v = self.projections(x)
-        attended = softmax_attention(
-            q,
-            k,
-            v,
-            plan,
+        attention = functools.partial(
+            softmax_attention,
+            tokens=plan,
             scale=self.head_width**-0.5,
             position_bias=self.bias.position[...],
             time_bias=self.bias.time[...],
         )
-        return self.merge(x, attended, rngs=rngs)
+        length = plan.tokens.segment.shape[1]
+        attended = self.context.attend(attention, q, k, v, length)
+        return self.merge(x, attended, rngs=rngs, part=self.context.tokens(length))
 
     def projections(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x [..., T, D] -> Q, K, V [..., T, H, D / H]."""
@@ -47,10 +52,13 @@ class TransformerBlock(nnx.Module):
         q, k, v = jnp.split(mixed.reshape(*x.shape[:-1], 3 * self.heads, self.head_width), 3, axis=-2)
         return q, k, v
 
-    def merge(self, x: jax.Array, attended: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """x [..., T, D], attention's output [..., T, H, D / H] -> the block's output [..., T, D]."""
-        x = x + dropout(self.out(attended.reshape(x.shape)), self.dropout, rngs)
-        return x + dropout(self.ffn(self.norm_ffn(x)), self.dropout, rngs)
+    def merge(
+        self, x: jax.Array, attended: jax.Array, *, rngs: nnx.Rngs | None = None, part: Part | None = None
+    ) -> jax.Array:
+        """x [..., T, D], attention's output [..., T, H, D / H] -> the block's output [..., T, D]; ``part``: which of a
+        row's tokens these are, None for all."""
+        x = x + dropout(self.out(attended.reshape(x.shape)), self.dropout, rngs, part)
+        return x + dropout(self.ffn(self.norm_ffn(x)), self.dropout, rngs, part)
 
     def cost(self, tokens: int, pairs: float) -> Cost:
         """Cost over ``tokens`` tokens of which ``pairs`` (query, key) pairs are visible."""

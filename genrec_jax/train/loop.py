@@ -18,11 +18,11 @@ from genrec_jax.config import Trial, trial_from_json
 from genrec_jax.data.pipeline import TrainStream
 from genrec_jax.data.sequences import Sequences, digest_of, load
 from genrec_jax.data.splits import Part
-from genrec_jax.distributed.mesh import placed, rows_of
+from genrec_jax.distributed.mesh import context_of, placed, rows_of
 from genrec_jax.errors import UserError
 from genrec_jax.models.base import Goal
 from genrec_jax.models.registry import Model
-from genrec_jax.nn.stack import rematerialised
+from genrec_jax.nn.stack import over_context, rematerialised
 from genrec_jax.retrieval_loss import Popularity
 from genrec_jax.train.checkpoint import Checkpoints
 from genrec_jax.train.estimate import Account, abstract_model, account, init_params
@@ -61,14 +61,15 @@ def train(
     """
     started = time.perf_counter()
     sequences = load(trial.data.path)
-    abstract_model(trial, sequences.schema)  # refuses what cannot be trained before anything is written
+    # What cannot be trained, or divided so, is refused before anything is written.
+    over_context(abstract_model(trial, sequences.schema), context_of(mesh))
+    pieces_here(trial.train, mesh)
     run_dir.mkdir(parents=True, exist_ok=True)
-    pieces_here(trial.train, mesh)  # refuses a batch that cannot be divided
     stream = TrainStream(sequences, trial.data, trial.model.rows, trial.train.batch_rows, seed=trial.seed)
     # Only a retriever's loss asks how often an item is a target, and a ranker's rows may hold an event many times.
     popularity = Popularity(stream.target_counts()) if trial.model.goal == "retrieval" else None
     model = abstract_model(trial, sequences.schema, popularity)
-    model = rematerialised(model) if remat else model
+    model = over_context(rematerialised(model) if remat else model, context_of(mesh))
     counts = account(trial, model, stream)
     write_json(run_dir / "config.json", trial.to_json())
     params = init_params(trial, sequences.schema)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from genrec_jax.batch import Batch
 from genrec_jax.config import TrainConfig
-from genrec_jax.distributed.mesh import gathered, placed, rows_of, share_of, shares, summed
+from genrec_jax.distributed.mesh import gathered, placed, row_axes, rows_of, share_of, shares, summed
 from genrec_jax.errors import UserError
 from genrec_jax.models.registry import Model
 from genrec_jax.train.rows import Holding, Place, RowRule, hold_rows, lookups, move_rows, row_states, told, with_rows
@@ -169,7 +169,7 @@ def _summed_on(mesh: Mesh, model: Model, params: Any, *arguments: Any) -> _Sums:
 
     def local(params: Any, held: dict[Place, jax.Array], key: jax.Array, parts: Batch, keys: jax.Array) -> _Sums:
         sums, grads = _summed(model, params, held, key, parts, keys, functools.partial(gathered, specs=specs))
-        return jax.lax.psum(sums, mesh.axis_names), summed(mesh, grads, specs)
+        return jax.lax.psum(sums, row_axes(mesh)), summed(mesh, grads, specs)
 
     rows, all_of_it = rows_of(mesh), PartitionSpec()
     on_mesh = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)

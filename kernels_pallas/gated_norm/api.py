@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.gated_norm import formula
-from kernels_pallas.gated_norm.dropout import keep_mask
+from kernels_pallas.gated_norm.dropout import Part, keep_mask
 from kernels_pallas.gated_norm.formula import Rule
 from kernels_pallas.target import target
 
@@ -23,6 +23,7 @@ def gated_norm(
     *,
     rate: float = 0.0,
     key: jax.Array | None = None,
+    part: Part | None = None,
     eps: float = 1e-6,
     implementation: Implementation = None,
 ) -> jax.Array:
@@ -35,6 +36,7 @@ def gated_norm(
       attended, gate: [..., W]; statistics and products are in at least float32, the result is rounded once.
       rate: share of entries that dropout zeroes (a multiple of 2^-16 after rounding) when a ``key`` is given.
       key: of dropout; None for none.
+      part: where the arrays lie in larger ones, of whose mask of dropout theirs is to be a part.
       implementation: "reference" (the definition, by autodiff), "xla", "mosaic_tpu"; a sequence of names to try in
         order; None for the best here.
 
@@ -52,7 +54,7 @@ def gated_norm(
     chosen = _chosen(implementation, attended, gate)
     if attended.size == 0:
         return attended
-    keep = keep_mask(key, attended.shape, rate) if key is not None and rate else None
+    keep = keep_mask(key, attended.shape, rate, part) if key is not None and rate else None
     rule = Rule(chosen, eps, 1 / (1 - rate))
     if chosen == "reference":
         return formula.forward(rule, attended, gate, keep)

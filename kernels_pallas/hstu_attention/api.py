@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.gated_norm import keep_mask
+from kernels_pallas.gated_norm import Part, keep_mask
 from kernels_pallas.hstu_attention.columns import Columns, heads_apart
 from kernels_pallas.hstu_attention.plan import Plan
 from kernels_pallas.hstu_attention.tokens import Tokens, jagged_tokens, padded_tokens
@@ -153,6 +153,7 @@ def softmax_attention(
     time_bias: jax.Array | None = None,
     rate: float = 0.0,
     key: jax.Array | None = None,
+    part: Part | None = None,
     implementation: Implementation = None,
 ) -> jax.Array:
     """Softmax attention under the same mask and biases, the control of `hstu_attention`.
@@ -162,12 +163,13 @@ def softmax_attention(
 
     ``rate``: share of the weights that dropout zeroes when a ``key`` is given; the others are not normalised again but
     divided by 1 - rate. Its mask takes B · H · T² bytes, so only rows that are worked on whole have it.
+    ``part``: where the heads lie among more, of whose mask theirs is to be a part.
     """
     if not 0 <= rate < 1:
         raise ValueError(f"the rate of dropout must be in [0, 1), got {rate}")
     options = {"scale": scale, "position_bias": position_bias, "time_bias": time_bias, "rate": rate, "keep": None}
     if key is not None and rate and q.ndim == 4:
-        options["keep"] = keep_mask(key, (q.shape[0], q.shape[2], q.shape[1], q.shape[1]), rate)
+        options["keep"] = keep_mask(key, (q.shape[0], q.shape[2], q.shape[1], q.shape[1]), rate, part)
     return _call("softmax", q, k, v, tokens, options, implementation)
 
 

@@ -16,7 +16,7 @@ from genrec_jax.distributed.mesh import make_mesh, parse_mesh
 from genrec_jax.errors import UserError
 from genrec_jax.train import loop
 from tests.data.helpers import random_dataset
-from tests.distributed.on_devices import CASES, MESHES
+from tests.distributed.on_devices import CASES
 from tests.train.helpers import Stopped, lines, trial_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,13 +39,13 @@ def on_devices(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, 
 
 def test_eight_devices_follow_one(on_devices: dict[str, dict[str, float]]) -> None:
     """Fifty steps of each model with the same draws: losses and parameters of a single device."""
-    found = {name: case for name, case in on_devices.items() if not name.startswith("sent")}
-    assert set(found) == {f"{name} {mesh}" for name, _ in CASES for mesh in MESHES}
+    found = {name: case for name, case in on_devices.items() if "loss" in case}
+    assert set(found) == {f"{name} {mesh}" for name, _, meshes in CASES for mesh in meshes}
     for name, case in found.items():
         assert case["loss"] < 1e-5, name
         assert case["params"] < 1e-4, name
         assert case["spread"] > 0.01, name  # losses that change, and by far more than they come apart
-        shares = 4 if name.endswith("fsdp=4") else 8 if name.endswith("fsdp=8") else 1
+        shares = int(name.partition("fsdp=")[2][:1] or 1)
         assert 1 / shares <= case["held"] < 1 / shares + 0.2, name  # some arrays are small, or cannot be divided evenly
 
 
@@ -61,6 +61,26 @@ def test_collectives_are_those_of_the_hand_count(on_devices: dict[str, dict[str,
     shares = divided / fsdp if mesh.startswith("data=2") else 0
     assert 0 <= found["all-reduce"] - (whole + shares + 8) <= 128
     assert found["all-to-all"] == found["collective-permute"] == 0
+
+
+def test_a_context_exchanges_what_the_hand_count_says(on_devices: dict[str, dict[str, float]]) -> None:
+    """Two shares of 8 rows, four chunks of a row each. Of each of three blocks queries, keys and values go out and the
+    result comes back, and so do their derivatives; the whole row is put together once in either pass. Derivatives of
+    blocks are summed over the context, and all of them over the rows."""
+    found = on_devices["exchanged"]
+    assert found["tokens"] % 4  # the last chunk has padding
+    chunk = 8 * -(-found["tokens"] // 4) * 64 * 4
+    assert found["all-to-all"] == 3 * 2 * 4 * chunk
+    assert found["all-gather"] == 2 * 4 * chunk
+    assert 0 <= found["all-reduce"] - (found["blocks"] + found["whole"] + 8) <= 128
+    assert found["reduce-scatter"] == found["collective-permute"] == 0
+
+
+def test_heads_that_a_context_does_not_divide_are_refused(sequences: Sequences, tmp_path: Path) -> None:
+    trial, mesh = trial_of(sequences, "hstu", **{"model.heads": 2}), jax.sharding.AbstractMesh((4,), ("context",))
+    with pytest.raises(UserError, match=r"model.heads \(2\) must be a multiple of the mesh's context \(4\)"):
+        loop.train(trial, tmp_path / "run", mesh=mesh)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("model", "settings"), [("hstu", {"model.heads": 2}), ("sasrec", {"model.negatives": 3})])
@@ -91,7 +111,7 @@ def test_a_run_goes_on_with_other_devices(sequences: Sequences, tmp_path: Path, 
 
 @pytest.mark.parametrize("text", ["", "data", "data=0", "data=x", "rows=2", "data=1,data=2", "data=-1"])
 def test_a_mesh_that_is_none_is_one_sentence(text: str) -> None:
-    with pytest.raises(UserError, match=r"is not of the form AXIS=DEVICES,…; the axes are: data, fsdp"):
+    with pytest.raises(UserError, match=r"is not of the form AXIS=DEVICES,…; the axes are: data, fsdp, context"):
         parse_mesh(text)
 
 

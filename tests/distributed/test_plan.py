@@ -52,8 +52,12 @@ def test_meshes_that_fit_are_ranked_by_time_then_memory() -> None:
     slow, fast = (dataclasses.replace(SMALL, traffic=x) for x in (2e9, 1e9))
     lean, big = dataclasses.replace(fast, batch=0.0), dataclasses.replace(fast, traffic=0.0, temporaries=2e10)
     assert command.ranked([big, slow, fast, lean]) == [lean, fast, slow, big]
-    assert command.meshes(64) == [{"data": 64}, {"data": 16, "fsdp": 4}, {"data": 4, "fsdp": 16}, {"fsdp": 64}]
-    assert command.meshes(1) == [{"data": 1}]
+    rows = [{"data": 64}, {"data": 16, "fsdp": 4}, {"data": 4, "fsdp": 16}, {"fsdp": 64}]
+    assert command.meshes(64, rows=64, heads=1) == rows
+    assert command.meshes(64, rows=64, heads=8) == [*rows, {"fsdp": 32, "context": 2}, {"fsdp": 8, "context": 8}]
+    assert command.meshes(4, rows=1, heads=4) == [{"context": 4}]
+    assert command.meshes(8, rows=2, heads=4) == [{"fsdp": 2, "context": 4}]
+    assert command.meshes(1, rows=1, heads=8) == [{"data": 1}]
 
 
 @pytest.mark.parametrize(

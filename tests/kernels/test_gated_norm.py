@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.gated_norm import BACKENDS, gated_norm, keep_mask
+from kernels_pallas.gated_norm import BACKENDS, Part, gated_norm, keep_mask
 
 KEY = jax.random.key(7)
 SHAPES = [(1, 1, 8), (3, 5, 6), (2, 37, 50), (70, 129)]
@@ -137,6 +137,17 @@ def test_all_share_one_mask():
         np.testing.assert_array_equal(other, dropped[0])
     assert abs(dropped[0].mean() - 0.25) < 0.03
     assert not np.array_equal(keep_mask(jax.random.key(8), (64, 50), 0.25), keep_mask(KEY, (64, 50), 0.25))
+
+
+@pytest.mark.parametrize(("inner", "own"), [((6,), 4), ((5, 2), 3), ((3,), 4), ((5, 5), 2), ((), 5)])
+def test_a_part_of_a_mask_is_that_part_of_the_whole(inner: tuple[int, ...], own: int) -> None:
+    """Even widths, which are hashed in place, and odd ones, cut from the whole; beyond the end it is arbitrary."""
+    whole = np.asarray(keep_mask(KEY, (3, 10, *inner), 0.4))
+    cut = jax.jit(lambda start: keep_mask(KEY, (3, own, *inner), 0.4, Part(start, 10)))
+    for start in range(0, 10, own):
+        part, expected = np.asarray(cut(jnp.int32(start))), whole[:, start : start + own]
+        assert np.array_equal(part[:, : expected.shape[1]], expected)
+        assert part.shape == (3, own, *inner)
 
 
 def test_little_is_kept_for_the_backward_pass():
