@@ -113,6 +113,7 @@ def train(
     set: Many[tuple[str, ...]] = (),
     mesh: str | None = None,
     remat: bool = False,
+    distributed: str | None = None,
     quiet: bool = False,
 ) -> None:
     """Train one trial and write its folder; run again to resume.
@@ -122,14 +123,16 @@ def train(
         model: Architecture by name.
         out: Folder of the trial.
         set: dotted.key=value of the configuration; repeat for several.
-        mesh: Devices that share the rows of a batch (data) and the parameters, too (fsdp), for example data=2,fsdp=4
-            (default: one device).
+        mesh: Devices that share the rows of a batch (data), the parameters, too (fsdp), the tokens of a row (context),
+            for example data=2,fsdp=4 (default: one device, or with --distributed data over all of them).
         remat: Keep less between the forward and the backward pass of a block and compute it again.
+        distributed: Be one of several processes that train the trial together: auto (under SLURM, Kubernetes, Open MPI,
+            on a TPU pod), or HOST:PORT,PROCESS/PROCESSES with the address of process 0, for example 10.0.0.1:8476,3/4.
         quiet: Plain lines instead of a progress bar.
     """
     from experiments.trial import train_command
 
-    train_command(data, model, set, out, mesh=mesh, remat=remat, quiet=quiet)
+    train_command(data, model, set, out, mesh=mesh, remat=remat, distributed=distributed, quiet=quiet)
 
 
 def plan(

@@ -28,9 +28,17 @@ def parse_settings(settings: Sequence[str]) -> dict[str, str]:
 
 
 def train_command(
-    data: Path, model: str, settings: Sequence[str], out: Path, *, mesh: str | None, remat: bool, quiet: bool
+    data: Path,
+    model: str,
+    settings: Sequence[str],
+    out: Path,
+    *,
+    mesh: str | None,
+    remat: bool,
+    distributed: str | None,
+    quiet: bool,
 ) -> None:
-    """Trains (or resumes) the trial and prints its result."""
+    """Trains (or resumes) the trial and prints its result; of several processes one prints."""
     trial = override(default_trial(model), parse_settings(settings))
     folder = load_any(data, quiet=quiet)
     trial = override(trial, {"data.path": str(folder), "data.digest": digest_of(folder)})
@@ -40,17 +48,25 @@ def train_command(
         return
 
     from genrec_jax.distributed.mesh import make_mesh, parse_mesh
+    from genrec_jax.distributed.processes import join, leads, mesh_of_all, together
     from genrec_jax.train.cache import enable_compilation_cache
     from genrec_jax.train.loop import train
 
-    devices = None if mesh is None else make_mesh(parse_mesh(mesh))
+    sizes = None if mesh is None else parse_mesh(mesh)
+    if distributed is not None:
+        join(distributed)
+    devices = mesh_of_all(sizes) if distributed is not None else None if sizes is None else make_mesh(sizes)
     work = functools.partial(train, trial, out, mesh=devices, remat=remat)
     enable_compilation_cache()
+    if not leads():
+        with together():
+            work()
+        return
     out.mkdir(parents=True, exist_ok=True)
     held = lock(out / "lock", wait=False)
     if held is None:
         raise UserError(f"another process trains in {out}; let it finish or choose another --out")
-    with held, _saying_how_to_go_on():
+    with held, _saying_how_to_go_on(), together():
         if quiet:
             result = work(on_progress=lambda record: print(_line(record), flush=True))
         else:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import threading
@@ -12,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+import numpy as np
+from jax.sharding import Mesh
 
 from genrec_jax.config import Trial, trial_from_json
 from genrec_jax.data.pipeline import TrainStream
 from genrec_jax.data.sequences import Sequences, digest_of, load
 from genrec_jax.data.splits import Part
-from genrec_jax.distributed.mesh import context_of, placed, rows_of
+from genrec_jax.distributed.mesh import context_of
+from genrec_jax.distributed.processes import on_devices, records_of, share_of_rows, told_by_all
 from genrec_jax.errors import UserError
 from genrec_jax.models.base import Goal
 from genrec_jax.models.registry import Model
@@ -30,7 +33,7 @@ from genrec_jax.train.evaluate import Evaluator
 from genrec_jax.train.hardware import device_name, matmul_peak
 from genrec_jax.train.optimizer import make_optimizer, make_row_rule, schedule
 from genrec_jax.train.record import MetricsLog, versions, write_json
-from genrec_jax.train.step import State, init_state, make_step, pieces_here
+from genrec_jax.train.step import State, init_state, make_step, pieces_here, placed_state
 from genrec_jax.train.stopping import Stopped, asked_to_stop
 from genrec_jax.train.tensorboard import TensorBoard
 
@@ -65,17 +68,23 @@ def train(
     over_context(abstract_model(trial, sequences.schema), context_of(mesh))
     pieces_here(trial.train, mesh)
     run_dir.mkdir(parents=True, exist_ok=True)
-    stream = TrainStream(sequences, trial.data, trial.model.rows, trial.train.batch_rows, seed=trial.seed)
+    rows = trial.train.batch_rows
+    stream = TrainStream(
+        sequences, trial.data, trial.model.rows, rows, seed=trial.seed, share=share_of_rows(mesh, rows)
+    )
     # Only a retriever's loss asks how often an item is a target, and a ranker's rows may hold an event many times.
     popularity = Popularity(stream.target_counts()) if trial.model.goal == "retrieval" else None
     model = abstract_model(trial, sequences.schema, popularity)
     model = over_context(rematerialised(model) if remat else model, context_of(mesh))
     counts = account(trial, model, stream)
-    write_json(run_dir / "config.json", trial.to_json())
-    params = init_params(trial, sequences.schema)
     evaluator = Evaluator(trial, sequences, model, mesh)
-    with contextlib.closing(TensorBoard(run_dir / "tensorboard")) as board:
-        run = _Run(trial, run_dir, model, params, stream, counts, evaluator, board, mesh, on_progress)
+    begin = functools.partial(init_params, trial, sequences.schema)
+    with (
+        records_of(run_dir) as records,
+        contextlib.closing(TensorBoard(records / "tensorboard")) as board,
+    ):
+        write_json(records / "config.json", trial.to_json())
+        run = _Run(trial, run_dir, records, model, begin, stream, counts, evaluator, board, mesh, on_progress)
         state, status = run.fit()
         counts = counts.after(run.steps)
         result: dict[str, Any] = {"status": status, **dataclasses.asdict(counts)}
@@ -88,21 +97,21 @@ def train(
             evaluated: Part = "test" if trial.train.report_test else "validation"
             result |= run.validation | {"eval_set": evaluator.fingerprint(evaluated), "tested_step": run.tested_step}
             result["unseen_impressions"] = evaluator.unseen(evaluated, stream.seen_items())
-    result |= {
-        "train_seconds": run.train_seconds,
-        "compile_seconds": run.compile_seconds,
-        "wall_seconds": run.earlier_wall_seconds + time.perf_counter() - started,
-        "examples_per_second": counts.targets / max(run.train_seconds, 1e-9),
-        "achieved_flops": counts.train_flops / max(run.train_seconds, 1e-9),
-        "mfu": counts.train_flops / max(run.train_seconds, 1e-9) / matmul_peak(trial.train.precision),
-        "flops_formula": FLOPS_FORMULA,
-        "dataset": sequences.name,
-        "device": device_name(),
-        "devices": 1 if mesh is None else mesh.size,
-        "finished": datetime.now(UTC).date().isoformat(),
-        **versions(),
-    }
-    write_json(run_dir / "result.json", result)
+        result |= {
+            "train_seconds": run.train_seconds,
+            "compile_seconds": run.compile_seconds,
+            "wall_seconds": run.earlier_wall_seconds + time.perf_counter() - started,
+            "examples_per_second": counts.targets / max(run.train_seconds, 1e-9),
+            "achieved_flops": counts.train_flops / max(run.train_seconds, 1e-9),
+            "mfu": counts.train_flops / max(run.train_seconds, 1e-9) / matmul_peak(trial.train.precision),
+            "flops_formula": FLOPS_FORMULA,
+            "dataset": sequences.name,
+            "device": device_name(),
+            "devices": 1 if mesh is None else mesh.size,
+            "finished": datetime.now(UTC).date().isoformat(),
+            **versions(),
+        }
+        write_json(records / "result.json", result)
     return result
 
 
@@ -148,8 +157,9 @@ class _Run:
         self,
         trial: Trial,
         run_dir: Path,
+        records: Path,
         model: Model,
-        params: Any,
+        begin: Callable[[], Any],
         stream: TrainStream,
         counts: Account,
         evaluator: Evaluator,
@@ -158,7 +168,7 @@ class _Run:
         on_progress: Progress | None,
     ):
         self.trial = trial
-        self.run_dir = run_dir
+        self.run_dir, self.records = run_dir, records
         self.stream = stream
         self.counts = counts
         self.evaluator = evaluator
@@ -176,9 +186,7 @@ class _Run:
         self._first_loss: float | None = None
         optimizer = make_optimizer(trial.train, counts.steps)
         tables = make_row_rule(trial.train, counts.steps)
-        self._state = init_state(params, optimizer, trial.seed, tables)
-        if mesh is not None:
-            self._state = jax.device_put(self._state, placed(mesh, self._state))
+        self._state = placed_state(lambda: init_state(begin(), optimizer, trial.seed, tables), mesh)
         self._step: Any = make_step(model, optimizer, pieces_here(trial.train, mesh), tables, mesh)
         self._rate = schedule(trial.train.learning_rate, counts.steps, trial.train.warmup, trial.train.decay)
 
@@ -195,7 +203,8 @@ class _Run:
             self.train_seconds = record["train_seconds"]
             self.earlier_wall_seconds = record["wall_seconds"]
             self._first_loss = record["first_loss"]
-        log = MetricsLog(self.run_dir / "metrics.jsonl", first)
+            checkpoints.drop_after(first)
+        log = MetricsLog(self.records / "metrics.jsonl", first)
         self.board.start(first)
         self.board.hparams(_flat(self.trial.to_json()))
         for record in log.kept:
@@ -225,7 +234,7 @@ class _Run:
         for step in range(first + 1, self.counts.steps + 1):
             batch = next(batches)
             if self.mesh is not None:
-                batch = jax.device_put(batch, NamedSharding(self.mesh, rows_of(self.mesh)))
+                batch = on_devices(self.mesh, batch, train.batch_rows)
             if step_fn is None:
                 step_fn = self._compile(batch)
                 marked = time.perf_counter()
@@ -241,9 +250,12 @@ class _Run:
                 since, marked = step, time.perf_counter()
                 if self._diverged(loss):
                     return "diverged"
-            waited = time.perf_counter() - saved >= train.checkpoint_seconds
-            stopping = asked.is_set()
-            checkpoint_due = last or stopping or (step % train.checkpoint_every == 0 and waited)
+            due = step % train.checkpoint_every == 0
+            stopping, waited = asked.is_set(), time.perf_counter() - saved >= train.checkpoint_seconds
+            if jax.process_count() > 1:  # they agree where they wait for one another anyway
+                told = told_by_all([stopping, waited]) if due or step % train.log_every == 0 else np.zeros((1, 2), bool)
+                stopping, waited = bool(told[:, 0].any()), bool(told[0, 1])
+            checkpoint_due = last or stopping or (due and waited)
             validation_due = self._validation_due(step)
             if checkpoint_due or validation_due:
                 jax.block_until_ready(self._state)
