@@ -146,11 +146,11 @@ def plan(
     task: Many[tuple[str, ...]] = (),
     set: Many[tuple[str, ...]] = (),
 ) -> None:
-    """Compile a training step for TPUs that are not here; print its memory, traffic and shortest time.
+    """Compile a training step for TPUs that are not here, or estimate it for GPUs: memory, traffic, shortest time.
 
     Args:
         what: A recipe or a model by name.
-        topology: Slice of TPU chips, for example v5e:2x2 or v5p:8x16x16.
+        topology: Slice of TPU chips, for example v5e:2x2 or v5p:8x16x16; or GPUs, for example h100:8 (an estimate).
         mesh: How its devices share the work, for example data=2,fsdp=2 (default: they share the rows).
         search: Compile several meshes and rank them.
         remat: As of genrec train.

@@ -1,11 +1,8 @@
 """Several processes: each reads its share of the batches, all have one process' numbers, and none outlives another."""
 
 import json
-import os
 import signal
-import socket
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +19,9 @@ from genrec_jax.distributed.processes import mesh_of_all, share_of_rows
 from genrec_jax.errors import UserError
 from genrec_jax.train import loop
 from tests.data.helpers import random_dataset
+from tests.distributed.launching import start
 from tests.train.helpers import lines
 
-ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {
     "data.history": 8,
     "data.candidates": 2,
@@ -73,23 +70,7 @@ def test_one_process_has_all_rows_of_its_devices() -> None:
 
 def pair(data: Path, out: Path) -> list[subprocess.Popen]:
     """Two processes with a device each that train together."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "experiments.cli", "train", f"--data={data}", "--model=dlrm", f"--out={out}"]
-    command += ["--quiet", *(f"--set={key}={value}" for key, value in SETTINGS.items())]
-    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-    return [
-        subprocess.Popen(
-            [*command, f"--distributed=localhost:{port},{process}/2"],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE if process == 0 else subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for process in (0, 1)
-    ]
+    return start(data, out, "dlrm", SETTINGS, mesh="data=2", processes=2, devices=1)
 
 
 def test_two_processes_follow_one_and_none_outlives_the_other(sequences: Sequences, tmp_path: Path) -> None:
