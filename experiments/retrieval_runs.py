@@ -15,7 +15,7 @@ from experiments.recipe import STUDY
 from experiments.retrieval_choices import STUDY as CHOICES
 from genrec_jax.data.sequences import Sequences
 from genrec_jax.errors import UserError
-from genrec_jax.train.loop import SELECTED_BY
+from genrec_jax.train.member import SELECTED_BY
 from genrec_jax.train.record import read_lines, write_json, write_text
 
 METRICS = ("hr@10", "hr@50", "hr@200", "ndcg@10", "ndcg@50", "ndcg@200", "mrr")

@@ -1,6 +1,7 @@
 """What a trial will cost, known before it runs."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -103,7 +104,12 @@ def abstract_batch(trial: Trial, schema: Schema) -> Batch:
 
 
 def init_params(trial: Trial, schema: Schema) -> Any:
-    """The trial's initial parameters, a pure tree. The seed is an argument of the compiled program, not part of it."""
+    """The trial's initial parameters, a pure tree."""
+    return make_init(trial, schema)(trial.seed)
+
+
+def make_init(trial: Trial, schema: Schema) -> Callable[[int], Any]:
+    """From a seed to the initial parameters. The seed is an argument of the compiled program, not part of it."""
 
     def init(key: jax.Array) -> Any:
         params = nnx.to_pure_dict(nnx.state(_build(trial, schema, nnx.Rngs(key)), nnx.Param))
@@ -112,7 +118,8 @@ def init_params(trial: Trial, schema: Schema) -> Any:
     def kept(path: tuple, value: jax.Array) -> jax.Array:
         return value.astype(trial.train.embedding_precision) if is_rows(path) else value
 
-    return jax.jit(init)(jax.random.key(trial.seed))
+    compiled = jax.jit(init)
+    return lambda seed: compiled(jax.random.key(seed))
 
 
 def _build(trial: Trial, schema: Schema, rngs: nnx.Rngs, popularity: Popularity | None = None) -> Model:

@@ -1,7 +1,7 @@
 """Evaluation of a trained model on the rows every architecture shares."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -49,11 +49,15 @@ class Evaluator:
 
     def __call__(self, params: Any, part: Part) -> dict[str, float]:
         """As :func:`evaluate`. Raises UserError naming the dataset and the part if it is empty."""
-        return evaluate(self._model, self._scorer, params, self._batches(part), self._sequences.schema.tasks)
+        return self.each([params], part)[0]
+
+    def each(self, params: Sequence[Any], part: Part) -> list[dict[str, float]]:
+        """As :func:`evaluate_each`, and as above."""
+        return evaluate_each(self._model, self._scorer, params, self._batches(part), self._sequences.schema.tasks)
 
     def ranking(self, params: Any, part: Part) -> metrics.RankingMetrics:
         """A ranker's scored impressions. Raises UserError as above."""
-        return scored(self._scorer, params, self._batches(part), self._sequences.schema.tasks)
+        return scored(self._scorer, [params], self._batches(part), self._sequences.schema.tasks)[0]
 
 
 def make_scorer(model: Model, mesh: Mesh | None = None) -> Callable[[Any, Batch], jax.Array]:
@@ -116,21 +120,34 @@ def evaluate(
     tasks: tuple[str, ...],
 ) -> dict[str, float]:
     """Metrics by name (``ne/like``, ``auc``, ``hr@10``, ...); absent where a metric is undefined on these rows."""
+    return evaluate_each(model, scorer, [params], batches, tasks)[0]
+
+
+def evaluate_each(
+    model: Model,
+    scorer: Callable[[Any, Batch], jax.Array],
+    params: Sequence[Any],
+    batches: Iterable[Batch],
+    tasks: tuple[str, ...],
+) -> list[dict[str, float]]:
+    """As :func:`evaluate` for several parameters of one model, which share the batches."""
     if isinstance(model, Retriever):
-        retrieval = metrics.RetrievalMetrics()
+        retrieval = [metrics.RetrievalMetrics() for _ in params]
         for batch in batches:
-            retrieval.add(np.asarray(scorer(params, batch)))
-        return retrieval.result()
-    return scored(scorer, params, batches, tasks).result()
+            for ranks, own in zip([scorer(p, batch) for p in params], retrieval):
+                own.add(np.asarray(ranks))
+        return [own.result() for own in retrieval]
+    return [own.result() for own in scored(scorer, params, batches, tasks)]
 
 
 def scored(
-    scorer: Callable[[Any, Batch], jax.Array], params: Any, batches: Iterable[Batch], tasks: tuple[str, ...]
-) -> metrics.RankingMetrics:
-    """Every impression of ``batches`` with a ranker's logits."""
-    ranking = metrics.RankingMetrics(tasks)
+    scorer: Callable[[Any, Batch], jax.Array], params: Sequence[Any], batches: Iterable[Batch], tasks: tuple[str, ...]
+) -> list[metrics.RankingMetrics]:
+    """Every impression of ``batches`` with a ranker's logits, by each of ``params``."""
+    ranking = [metrics.RankingMetrics(tasks) for _ in params]
     for batch in batches:
         real = np.asarray(batch.candidates.segment) > 0
         users = metrics.candidate_users(batch)
-        ranking.add(np.asarray(scorer(params, batch)), np.asarray(batch.candidates.labels), real, users)
+        for logits, own in zip([scorer(p, batch) for p in params], ranking):
+            own.add(np.asarray(logits), np.asarray(batch.candidates.labels), real, users)
     return ranking

@@ -1,21 +1,22 @@
-"""Trains one trial in its folder, or resumes it where its last checkpoint left off."""
+"""Trains trials in their folders, or resumes them where their last checkpoints left off: one, or a pack of several."""
 
 import contextlib
 import dataclasses
 import functools
 import json
-import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from genrec_jax.batch import Batch
 from genrec_jax.config import Trial, trial_from_json
 from genrec_jax.data.pipeline import TrainStream
 from genrec_jax.data.sequences import Sequences, digest_of, load
@@ -23,26 +24,24 @@ from genrec_jax.data.splits import Part
 from genrec_jax.distributed.mesh import context_of
 from genrec_jax.distributed.processes import on_devices, records_of, share_of_rows, told_by_all
 from genrec_jax.errors import UserError
-from genrec_jax.models.base import Goal
 from genrec_jax.models.registry import Model
 from genrec_jax.nn.stack import over_context, rematerialised
 from genrec_jax.retrieval_loss import Popularity
 from genrec_jax.train.checkpoint import Checkpoints
-from genrec_jax.train.estimate import Account, abstract_model, account, init_params
+from genrec_jax.train.estimate import abstract_model, account, init_params, make_init
 from genrec_jax.train.evaluate import Evaluator
 from genrec_jax.train.hardware import device_name, matmul_peak
-from genrec_jax.train.optimizer import make_optimizer, make_row_rule, schedule
-from genrec_jax.train.record import MetricsLog, versions, write_json
-from genrec_jax.train.step import State, init_state, make_step, pieces_here, placed_state
+from genrec_jax.train.member import Member
+from genrec_jax.train.optimizer import make_optimizer, make_row_rule, scalars
+from genrec_jax.train.pack import check_pack
+from genrec_jax.train.record import versions, write_json
+from genrec_jax.train.step import State, init_state, pack_step, pieces_here, placed_state, trial_step
 from genrec_jax.train.stopping import Stopped, asked_to_stop
-from genrec_jax.train.tensorboard import TensorBoard
-
-# What tells the better of two evaluations: the metric, and whether more or less of it is better.
-SELECTED_BY: dict[Goal, tuple[str, int]] = {"ranking": ("ne", -1), "retrieval": ("ndcg@10", 1)}
 
 FLOPS_FORMULA = "analytic per block; multiply-add 2; causal half; lookups 0; training 3 x forward; padding counted"
 
 Progress = Callable[[dict[str, Any]], None]
+PackProgress = Callable[[Trial, dict[str, Any]], None]
 
 
 def train(
@@ -62,57 +61,51 @@ def train(
     finite, or above three times the first one logged, ends the run with status "diverged". SIGTERM writes a checkpoint
     after the step at work and raises :class:`Stopped`. Raises UserError for unusable data.
     """
+    tell = None if on_progress is None else lambda _, line: on_progress(line)
+    return train_pack([trial], [run_dir], mesh=mesh, remat=remat, on_progress=tell)[0]
+
+
+def train_pack(
+    trials: Sequence[Trial],
+    run_dirs: Sequence[Path],
+    *,
+    mesh: Mesh | None = None,
+    remat: bool = False,
+    on_progress: PackProgress | None = None,
+) -> list[dict[str, Any]]:
+    """As :func:`train`, for trials of one :func:`genrec_jax.train.pack.pack_key`, which take every step together.
+
+    What is written into a trial's folder is what it would be alone, but for the order of sums; seconds are its share of
+    the pack's. So a trial may go on in another pack, or alone. Those whose checkpoints are ahead wait for the others;
+    a trial that diverges has its result at once, while the others go on. A ``mesh`` is for a trial alone.
+
+    Raises UserError, beside what :func:`train` does, for trials that cannot be trained together.
+    """
     started = time.perf_counter()
+    check_pack(trials, mesh)
+    trial = trials[0]
     sequences = load(trial.data.path)
     # What cannot be trained, or divided so, is refused before anything is written.
     over_context(abstract_model(trial, sequences.schema), context_of(mesh))
     pieces_here(trial.train, mesh)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    rows = trial.train.batch_rows
-    stream = TrainStream(
-        sequences, trial.data, trial.model.rows, rows, seed=trial.seed, share=share_of_rows(mesh, rows)
-    )
+    share = share_of_rows(mesh, trial.train.batch_rows)
+    streams = [
+        TrainStream(sequences, one.data, one.model.rows, one.train.batch_rows, seed=one.seed, share=share)
+        for one in trials
+    ]
     # Only a retriever's loss asks how often an item is a target, and a ranker's rows may hold an event many times.
-    popularity = Popularity(stream.target_counts()) if trial.model.goal == "retrieval" else None
+    popularity = Popularity(streams[0].target_counts()) if trial.model.goal == "retrieval" else None
     model = abstract_model(trial, sequences.schema, popularity)
     model = over_context(rematerialised(model) if remat else model, context_of(mesh))
-    counts = account(trial, model, stream)
-    evaluator = Evaluator(trial, sequences, model, mesh)
-    begin = functools.partial(init_params, trial, sequences.schema)
-    with (
-        records_of(run_dir) as records,
-        contextlib.closing(TensorBoard(records / "tensorboard")) as board,
-    ):
-        write_json(records / "config.json", trial.to_json())
-        run = _Run(trial, run_dir, records, model, begin, stream, counts, evaluator, board, mesh, on_progress)
-        state, status = run.fit()
-        counts = counts.after(run.steps)
-        result: dict[str, Any] = {"status": status, **dataclasses.asdict(counts)}
-        if status == "done":
-            if run.watched == "test":
-                result |= {name.removeprefix("test/"): value for name, value in run.validation.items()}
-            elif trial.train.report_test:
-                result |= evaluator(state.params, "test")
-            board.scalars(_floats(result), counts.steps)
-            evaluated: Part = "test" if trial.train.report_test else "validation"
-            result |= run.validation | {"eval_set": evaluator.fingerprint(evaluated), "tested_step": run.tested_step}
-            result["unseen_impressions"] = evaluator.unseen(evaluated, stream.seen_items())
-        result |= {
-            "train_seconds": run.train_seconds,
-            "compile_seconds": run.compile_seconds,
-            "wall_seconds": run.earlier_wall_seconds + time.perf_counter() - started,
-            "examples_per_second": counts.targets / max(run.train_seconds, 1e-9),
-            "achieved_flops": counts.train_flops / max(run.train_seconds, 1e-9),
-            "mfu": counts.train_flops / max(run.train_seconds, 1e-9) / matmul_peak(trial.train.precision),
-            "flops_formula": FLOPS_FORMULA,
-            "dataset": sequences.name,
-            "device": device_name(),
-            "devices": 1 if mesh is None else mesh.size,
-            "finished": datetime.now(UTC).date().isoformat(),
-            **versions(),
-        }
-        write_json(records / "result.json", result)
-    return result
+    with contextlib.ExitStack() as opened:
+        members = []
+        for one, run_dir, stream in zip(trials, run_dirs, streams, strict=True):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            records = opened.enter_context(records_of(run_dir))
+            write_json(records / "config.json", one.to_json())
+            members.append(Member(one, run_dir, records, stream, account(one, model, stream)))
+            opened.callback(members[-1].close)
+        return _Pack(members, sequences, model, mesh, on_progress, started).run()
 
 
 def read_trial(folder: Path) -> Trial:
@@ -146,110 +139,77 @@ def restored(trial: Trial, run_dir: Path) -> tuple[Sequences, Model, Any]:
     return sequences, abstract_model(trial, sequences.schema), found[1].params
 
 
-class _Run:
-    """The training loop with what it carries between steps.
-
-    watched: the part that is evaluated along the way. validation: the metrics of its latest evaluation, after the fit
-    of the one whose parameters are tested, under ``validation/`` or ``test/``. tested_step: how many steps these had.
-    """
+class _Pack:
+    """The training loop of one trial or several. The states of several are one tree, with a first axis of trials."""
 
     def __init__(
         self,
-        trial: Trial,
-        run_dir: Path,
-        records: Path,
+        members: list[Member],
+        sequences: Sequences,
         model: Model,
-        begin: Callable[[], Any],
-        stream: TrainStream,
-        counts: Account,
-        evaluator: Evaluator,
-        board: TensorBoard,
         mesh: Mesh | None,
-        on_progress: Progress | None,
+        on_progress: PackProgress | None,
+        started: float,
     ):
-        self.trial = trial
-        self.run_dir, self.records = run_dir, records
-        self.stream = stream
-        self.counts = counts
-        self.evaluator = evaluator
-        self.board = board
-        self.mesh = mesh
-        self.on_progress = on_progress
-        self.steps = 0
-        self.watched: Part = "test" if trial.data.protocol == "original" else "validation"
-        self.validation: dict[str, float] = {}
-        self.tested_step = 0
-        self.train_seconds = 0.0
-        self.compile_seconds = 0.0
-        self.earlier_wall_seconds = 0.0
-        self._started = time.perf_counter()
-        self._first_loss: float | None = None
-        optimizer = make_optimizer(trial.train, counts.steps)
-        tables = make_row_rule(trial.train, counts.steps)
-        self._state = placed_state(lambda: init_state(begin(), optimizer, trial.seed, tables), mesh)
-        self._step: Any = make_step(model, optimizer, pieces_here(trial.train, mesh), tables, mesh)
-        self._rate = schedule(trial.train.learning_rate, counts.steps, trial.train.warmup, trial.train.decay)
+        self._members = members
+        self._alone = len(members) == 1
+        self._sequences = sequences
+        self._mesh = mesh
+        self._on_progress = on_progress
+        self._started = started
+        self._train = members[0].trial.train
+        (self._last,) = {member.counts.steps for member in members}
+        self._evaluator = Evaluator(members[0].trial, sequences, model, mesh)
+        self._results: list[dict[str, Any]] = [{} for _ in members]
+        states = [member.resume(state) for member, state in zip(members, self._initial())]
+        self._states = states[0] if self._alone else jax.tree.map(lambda *x: jnp.stack(x), *states)
+        self._take = jax.jit(lambda states, place: jax.tree.map(lambda x: x[place], states))
+        self._batches: list[Batch | None] = [None for _ in members]
+        self._scalars = self._together([scalars(member.trial.train) for member in members])
+        step = trial_step(model, self._train, self._last, mesh)
+        self._step: Any = jax.jit(step, donate_argnums=0) if self._alone else jax.jit(pack_step(step), donate_argnums=1)
+        self._compiled: Any = None
+        self._marked = 0.0  # when the time that is not yet anybody's began
 
-    def fit(self) -> tuple[State, str]:
-        """Runs to the last step, evaluating on the way; returns the state to be tested and "done" or "diverged"."""
-        checkpoints = Checkpoints(self.run_dir / "checkpoints")
-        batches = iter(self.stream)
-        first = 0
-        restored = checkpoints.restore(self._state)
-        if restored is not None:
-            first, self._state, record = restored
-            self.steps = first
-            batches.set_state(record["stream"])
-            self.train_seconds = record["train_seconds"]
-            self.earlier_wall_seconds = record["wall_seconds"]
-            self._first_loss = record["first_loss"]
-            checkpoints.drop_after(first)
-        log = MetricsLog(self.records / "metrics.jsonl", first)
-        self.board.start(first)
-        self.board.hparams(_flat(self.trial.to_json()))
-        for record in log.kept:
-            # What the board held of this step is dropped with the start: a kill may have come before it was written.
-            if record["step"] == first:
-                self.board.scalars(_floats(record), first)
-                self.validation |= self._evaluation(record)
-        try:
-            with asked_to_stop() as asked:
-                status = self._steps(first, batches, log, checkpoints, asked)
-            self.tested_step = self.steps
-            if self.trial.train.select == "best" and status == "done":
-                self._select(checkpoints, log)
-        finally:
-            self.stream.close()
-            log.close()
-            checkpoints.close()
-        return self._state, status
+    def run(self) -> list[dict[str, Any]]:
+        """Takes the steps that are left, evaluating on the way, and writes the results, which it returns."""
+        with asked_to_stop() as asked:
+            self._steps(asked)
+        for member in self._members:
+            member.stream.close()  # its threads would run beside the evaluation
+        done = [place for place, member in enumerate(self._members) if not member.status]
+        tested = [self._members[place].finish(self._state(place)).params for place in done]
+        if self._train.report_test and self._members[0].watched != "test":
+            found = self._evaluator.each(tested, "test")
+        else:
+            found = [{} for _ in done]
+        for place, metrics in zip(done, found):
+            self._write(place, metrics)
+        return self._results
 
-    def _steps(
-        self, first: int, batches: Any, log: MetricsLog, checkpoints: Checkpoints, asked: threading.Event
-    ) -> str:
-        step_fn: Any = None
-        since = first
-        train = self.trial.train
-        marked = saved = time.perf_counter()
-        for step in range(first + 1, self.counts.steps + 1):
-            batch = next(batches)
-            if self.mesh is not None:
-                batch = on_devices(self.mesh, batch, train.batch_rows)
-            if step_fn is None:
-                step_fn = self._compile(batch)
-                marked = time.perf_counter()
-            self._state, metrics = step_fn(self._state, batch)
-            self.steps = step
-            last = step == self.counts.steps
+    def _initial(self) -> list[State]:
+        first = self._members[0].trial
+        init = make_init(first, self._sequences.schema)
+        optimizer, tables = make_optimizer(self._train, self._last), make_row_rule(self._train, self._last)
+
+        def begun(seed: int) -> State:
+            return init_state(init(seed), optimizer, seed, tables)
+
+        return [placed_state(functools.partial(begun, member.trial.seed), self._mesh) for member in self._members]
+
+    def _steps(self, asked: threading.Event) -> None:
+        train = self._train
+        since = min(member.first for member in self._members)
+        saved = time.perf_counter()
+        for step in range(since + 1, self._last + 1):
+            at_work = self._at_work(step)
+            if not at_work:
+                continue
+            metrics = self._advance(at_work)
+            last = step == self._last
             if step % train.log_every == 0 or last:
-                loss = float(metrics["loss"])
-                now = time.perf_counter()
-                self.train_seconds += now - marked
-                pace = (step - since) / max(now - marked, 1e-9)
-                self._log(log, step, pace, loss=loss, grad_norm=float(metrics["grad_norm"]))
-                since, marked = step, time.perf_counter()
-                if self._diverged(loss):
-                    return "diverged"
+                self._log(step, since, at_work, metrics)
+                since, at_work = step, self._at_work(step)
             due = step % train.checkpoint_every == 0
             stopping, waited = asked.is_set(), time.perf_counter() - saved >= train.checkpoint_seconds
             if jax.process_count() > 1:  # they agree where they wait for one another anyway
@@ -257,99 +217,120 @@ class _Run:
                 stopping, waited = bool(told[:, 0].any()), bool(told[0, 1])
             checkpoint_due = last or stopping or (due and waited)
             validation_due = self._validation_due(step)
-            if checkpoint_due or validation_due:
-                jax.block_until_ready(self._state)
-                self.train_seconds += time.perf_counter() - marked
+            if at_work and (checkpoint_due or validation_due):
+                jax.block_until_ready(self._states)
+                self._lap(at_work)
                 if validation_due:
-                    self._validate(log, step)
+                    self._validate(step, at_work)
                 # Evaluated first: a checkpoint is never without the evaluation of its step, and scored by it.
                 if checkpoint_due or (validation_due and train.select == "best"):
-                    self.board.flush()  # a resumed run does not write these steps again
-                    score = self._score() if validation_due else -math.inf
-                    checkpoints.save(step, self._state, self._record(batches), score)
+                    for place in at_work:
+                        member = self._members[place]
+                        member.save(step, self._state(place), self._wall_seconds(member), validated=validation_due)
                     saved = time.perf_counter()
-                since, marked = step, time.perf_counter()
+                since, self._marked = step, time.perf_counter()
             if stopping:
-                raise Stopped(step, self.counts.steps)
-        return "done"
+                raise Stopped(step, self._last)
+
+    def _at_work(self, step: int) -> list[int]:
+        """The places of the trials that take this step: they have not diverged, nor are they ahead of it."""
+        return [place for place, member in enumerate(self._members) if member.trains_at(step)]
+
+    def _advance(self, at_work: list[int]) -> dict[str, jax.Array]:
+        """Takes a step; returns its metrics, one or [members], which are still being computed."""
+        for place in at_work:
+            self._batches[place] = next(self._members[place].stream)
+            self._members[place].steps += 1
+        some = self._batches[at_work[0]]
+        batch = self._together([some if own is None else own for own in self._batches])
+        if self._mesh is not None:
+            batch = on_devices(self._mesh, batch, self._train.batch_rows)
+        arguments: tuple[Any, ...] = (self._states, batch, self._scalars)
+        if not self._alone:
+            taking = np.zeros(len(self._members), bool)
+            taking[at_work] = True
+            arguments = (taking, *arguments)
+        if self._compiled is None:
+            self._compile(arguments)
+        self._states, metrics = self._compiled(*arguments)
+        return metrics
+
+    def _compile(self, arguments: tuple[Any, ...]) -> None:
+        start = time.perf_counter()
+        self._compiled = self._step.lower(*arguments).compile()
+        self._marked = time.perf_counter()
+        for member in self._members:
+            member.compile_seconds = (self._marked - start) / len(self._members)
+
+    def _log(self, step: int, since: int, at_work: list[int], metrics: dict[str, jax.Array]) -> None:
+        loss, norm = (np.atleast_1d(np.asarray(metrics[name])) for name in ("loss", "grad_norm"))
+        share = max(self._lap(at_work), 1e-9)
+        for place in at_work:
+            member = self._members[place]
+            pace = (step - max(since, member.first)) / share
+            line = member.log(step, pace, float(loss[place]), float(norm[place]))
+            if self._on_progress:
+                self._on_progress(member.trial, line)
+            if member.status == "diverged":
+                self._write(place, {})
+        self._marked = time.perf_counter()
+
+    def _lap(self, at_work: list[int]) -> float:
+        """Shares the seconds since the mark among the trials at work; returns a share."""
+        share = (time.perf_counter() - self._marked) / len(at_work)
+        for place in at_work:
+            self._members[place].train_seconds += share
+        return share
 
     def _validation_due(self, step: int) -> bool:
         """Validation k of n follows the first step that is at least k / n of all; none precedes the first step."""
-        n, steps = self.trial.train.validations, self.counts.steps
+        n, steps = self._train.validations, self._last
         return step > 0 and step * n // steps > (step - 1) * n // steps
 
-    def _validate(self, log: MetricsLog, step: int) -> None:
-        found = self.evaluator(self._state.params, self.watched)
-        self.validation = {f"{self.watched}/{name}": value for name, value in found.items()}
-        log.add({"step": step, "steps": self.counts.steps, **self.validation})
-        self.board.scalars(_floats(self.validation), step)
+    def _validate(self, step: int, at_work: list[int]) -> None:
+        params = [self._state(place).params for place in at_work]
+        for place, found in zip(at_work, self._evaluator.each(params, self._members[0].watched)):
+            self._members[place].validated(step, found)
 
-    def _evaluation(self, record: dict[str, Any]) -> dict[str, float]:
-        """What a line of the log says of the watched part."""
-        return {key: value for key, value in record.items() if key.startswith(f"{self.watched}/")}
-
-    def _score(self) -> float:
-        """Of the latest evaluation, for choosing; the worst of all where the metric is undefined."""
-        metric, sign = SELECTED_BY[self.trial.model.goal]
-        return sign * self.validation.get(f"{self.watched}/{metric}", -sign * math.inf)
-
-    def _select(self, checkpoints: Checkpoints, log: MetricsLog) -> None:
-        """Takes back the state and the metrics of the best evaluation."""
-        best = checkpoints.restore(self._state, best=True)
-        assert best is not None  # the last step is always evaluated
-        self.tested_step, self._state, _ = best
-        (self.validation,) = [
-            found for record in log.kept if record["step"] == self.tested_step and (found := self._evaluation(record))
-        ]
-
-    def _compile(self, batch: Any) -> Any:
-        start = time.perf_counter()
-        compiled = self._step.lower(self._state, batch).compile()
-        self.compile_seconds = time.perf_counter() - start
-        return compiled
-
-    def _record(self, batches: Any) -> dict[str, Any]:
-        return {
-            "stream": batches.get_state(),
-            "train_seconds": self.train_seconds,
-            "wall_seconds": self.earlier_wall_seconds + time.perf_counter() - self._started,
-            "first_loss": self._first_loss,
+    def _write(self, place: int, tested: dict[str, float]) -> None:
+        """Writes the result of a trial that has come to its end; ``tested``: its metrics on the test part, if any."""
+        member, train = self._members[place], self._train
+        counts = member.counts.after(member.steps)
+        result: dict[str, Any] = {"status": member.status, **dataclasses.asdict(counts), **tested}
+        if member.status == "done":
+            if member.watched == "test":
+                result |= {name.removeprefix("test/"): value for name, value in member.validation.items()}
+            member.draw(result)
+            evaluated: Part = "test" if train.report_test else "validation"
+            fingerprint = self._evaluator.fingerprint(evaluated)
+            result |= member.validation | {"eval_set": fingerprint, "tested_step": member.tested_step}
+            result["unseen_impressions"] = self._evaluator.unseen(evaluated, member.stream.seen_items())
+        seconds = max(member.train_seconds, 1e-9)
+        result |= {
+            "train_seconds": member.train_seconds,
+            "compile_seconds": member.compile_seconds,
+            "wall_seconds": self._wall_seconds(member),
+            "examples_per_second": counts.targets / seconds,
+            "achieved_flops": counts.train_flops / seconds,
+            "mfu": counts.train_flops / seconds / matmul_peak(train.precision),
+            "flops_formula": FLOPS_FORMULA,
+            "dataset": self._sequences.name,
+            "device": device_name(),
+            "devices": 1 if self._mesh is None else self._mesh.size,
+            "finished": datetime.now(UTC).date().isoformat(),
+            **versions(),
         }
+        write_json(member.records / "result.json", result)
+        self._results[place] = result
 
-    def _log(self, log: MetricsLog, step: int, steps_per_second: float, **measured: float) -> None:
-        share = steps_per_second / self.counts.steps
-        scalars = {
-            **measured,
-            "learning_rate": float(self._rate(step - 1)),
-            "examples_per_second": self.counts.targets * share,
-            "achieved_flops": self.counts.train_flops * share,
-            "mfu": self.counts.train_flops * share / matmul_peak(self.trial.train.precision),
-        }
-        record = {"step": step, "steps": self.counts.steps, **scalars}
-        log.add(record)
-        self.board.scalars(scalars, step)
-        if self.on_progress:
-            self.on_progress(record)
+    def _wall_seconds(self, member: Member) -> float:
+        return member.earlier_wall_seconds + (time.perf_counter() - self._started) / len(self._members)
 
-    def _diverged(self, loss: float) -> bool:
-        if not math.isfinite(loss):
-            return True
-        if self._first_loss is None:
-            self._first_loss = loss
-        return loss > 3.0 * max(self._first_loss, 0.1)
+    def _state(self, place: int) -> State:
+        """Of one trial; alone, it is given up by the next step."""
+        state: State = self._states if self._alone else self._take(self._states, place)
+        return state
 
-
-def _floats(record: dict[str, Any]) -> dict[str, float]:
-    """What a board draws: counts are for the tables."""
-    return {key: value for key, value in record.items() if isinstance(value, float)}
-
-
-def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested configuration as dotted keys."""
-    out: dict[str, Any] = {}
-    for key, value in record.items():
-        if isinstance(value, dict):
-            out |= _flat(value, f"{prefix}{key}.")
-        else:
-            out[prefix + key] = value if not isinstance(value, list | tuple) else json.dumps(value)
-    return out
+    def _together(self, trees: Sequence[Any]) -> Any:
+        """One tree for all trials."""
+        return trees[0] if self._alone else jax.tree.map(lambda *x: np.stack(x), *trees)

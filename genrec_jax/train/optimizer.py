@@ -11,6 +11,15 @@ from genrec_jax.config import TrainConfig
 from genrec_jax.train.rows import RowRule
 
 Decay = Literal["cosine", "constant"]
+Scalars = dict[str, Any]
+
+# The settings of TrainConfig that a compiled step takes as arguments: trials that differ in these alone share it.
+SCALARS = ("learning_rate", "embedding_learning_rate", "weight_decay", "embedding_weight_decay", "beta1", "beta2")
+
+
+def scalars(config: TrainConfig) -> Scalars:
+    """The values of :data:`SCALARS`, float32."""
+    return {name: np.float32(getattr(config, name)) for name in SCALARS}
 
 
 def is_table(path: tuple) -> bool:
@@ -55,6 +64,7 @@ def make_row_rule(config: TrainConfig, steps: int) -> RowRule | None:
 def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformation:
     """The optimiser of a trial of ``steps`` steps; weight decay is decoupled and spares biases and norms.
 
+    The config's :data:`SCALARS` may be traced. What the optimiser keeps does not depend on them.
     Gradients of tables that have a row-wise rule pass through: clipped, not yet applied.
     """
 

@@ -1,4 +1,4 @@
-"""The state of a trial and its one jitted, donated training step."""
+"""The state of a trial and its one training step, alone or for several trials at once."""
 
 import dataclasses
 import functools
@@ -17,6 +17,7 @@ from genrec_jax.config import TrainConfig
 from genrec_jax.distributed.mesh import gathered, placed, row_axes, rows_of, share_of, shares, summed
 from genrec_jax.errors import UserError
 from genrec_jax.models.registry import Model
+from genrec_jax.train.optimizer import Scalars, make_optimizer, make_row_rule
 from genrec_jax.train.rows import Holding, Place, RowRule, hold_rows, lookups, move_rows, row_states, told, with_rows
 from kernels_pallas.target import target
 
@@ -32,7 +33,9 @@ class State:
     key: jax.Array
 
 
-Step = Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]
+Metrics = dict[str, jax.Array]
+Step = Callable[[State, Batch], tuple[State, Metrics]]
+TrialStep = Callable[[State, Batch, Scalars], tuple[State, Metrics]]
 
 
 def init_state(params: Any, optimizer: optax.GradientTransformation, seed: int, tables: RowRule | None = None) -> State:
@@ -76,7 +79,51 @@ def make_step(
     tables: RowRule | None = None,
     mesh: Mesh | None = None,
 ) -> Step:
-    """(state, batch) -> (next state, {loss: mean per target, targets, grad_norm}); the given state is consumed.
+    """The jitted :func:`training_step`; the given state is consumed."""
+    return jax.jit(training_step(model, optimizer, pieces, tables, mesh), donate_argnums=0)
+
+
+def trial_step(model: Model, config: TrainConfig, steps: int, mesh: Mesh | None = None) -> TrialStep:
+    """(state, batch, scalars) -> as of :func:`training_step`, for a trial of ``steps`` steps; not jitted.
+
+    Trials that differ in seed and :data:`genrec_jax.train.optimizer.SCALARS` alone share it, and so one compilation.
+    """
+
+    def step(state: State, batch: Batch, scalars: Scalars) -> tuple[State, Metrics]:
+        own = dataclasses.replace(config, **scalars)
+        rule = make_row_rule(own, steps)
+        return training_step(model, make_optimizer(own, steps), pieces_here(own, mesh), rule, mesh)(state, batch)
+
+    return step
+
+
+def pack_step(step: TrialStep) -> Callable[..., tuple[State, Metrics]]:
+    """(at work [P] bool, states, batches, scalars) -> (states, metrics), all with a first axis of P trials.
+
+    A trial that is not at work keeps its state, and its metrics are zero. An accelerator takes all trials at once; a
+    CPU one after another, for what a trial works on then stays in its caches, and those not at work cost nothing.
+    """
+
+    step = jax.jit(step)  # traced once, for its shapes and itself
+
+    def one(at_work: jax.Array, *arguments: Any) -> tuple[State, Metrics]:
+        _, shapes = jax.eval_shape(step, *arguments)
+        idle = arguments[0], jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return jax.lax.cond(at_work, lambda: step(*arguments), lambda: idle)
+
+    if target() == "cpu":
+        return lambda *pack: jax.lax.map(lambda own: one(*own), pack)
+    return jax.vmap(one)
+
+
+def training_step(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    pieces: int = 1,
+    tables: RowRule | None = None,
+    mesh: Mesh | None = None,
+) -> Step:
+    """(state, batch) -> (next state, {loss: mean per target, targets, grad_norm}).
 
     ``pieces`` > 1 sums the gradient over that many equal parts of the batch, each with its own draws of dropout and
     negatives. One device works on them one after another, so that a part's activations stay in a CPU's caches, and
@@ -90,7 +137,7 @@ def make_step(
     if mesh is not None:
         asked, gradient = functools.partial(_asked_on, mesh, model), functools.partial(_summed_on, mesh, model)
 
-    def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         parts = jax.tree.map(lambda x: x.reshape(pieces, x.shape[0] // pieces, *x.shape[1:]), batch)
         keys = jax.random.split(key, pieces) if pieces > 1 else key[None]
@@ -111,7 +158,7 @@ def make_step(
         after = State(moved, opt, state.step + 1, state.key)
         return after if mesh is None else jax.lax.with_sharding_constraint(after, placed(mesh, after)), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return step
 
 
 def _rngs(key: jax.Array, own: jax.Array) -> nnx.Rngs:

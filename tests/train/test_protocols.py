@@ -159,14 +159,14 @@ def test_a_killed_selection_resumes_exactly(
             raise Stopped
         save(self, step, *rest)
 
-    def evaluated(self: Evaluator, params: Any, part: Any, call: Any = Evaluator.__call__) -> dict[str, float]:
+    def evaluated(self: Evaluator, params: Any, part: Any, call: Any = Evaluator.each) -> list[dict[str, float]]:
         if at == part:
             raise Stopped
         return call(self, params, part)
 
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "save", saved)
-        patch.setattr(Evaluator, "__call__", evaluated)
+        patch.setattr(Evaluator, "each", evaluated)
         with pytest.raises(Stopped):
             loop.train(trial, tmp_path / "cut")
     run, result = selected

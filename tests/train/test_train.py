@@ -228,7 +228,7 @@ def test_killed_anywhere_nothing_is_recorded_twice_or_lost(
         if at == f"step {record['step']}":
             raise Stopped
 
-    def evaluated(self: Evaluator, params: Any, part: Any, call: Any = Evaluator.__call__) -> dict[str, float]:
+    def evaluated(self: Evaluator, params: Any, part: Any, call: Any = Evaluator.each) -> list[dict[str, float]]:
         done.append(3 * len(done) + 3)
         if at == (part if part == "test" else f"validation {done[-1]}"):
             raise Stopped
@@ -240,7 +240,7 @@ def test_killed_anywhere_nothing_is_recorded_twice_or_lost(
         write(path, record)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Evaluator, "__call__", evaluated)
+        patch.setattr(Evaluator, "each", evaluated)
         patch.setattr(loop, "write_json", written)
         with pytest.raises(Stopped):
             loop.train(trial, tmp_path / "cut", on_progress=progress)
@@ -260,12 +260,12 @@ def test_time_of_validations_is_not_time_of_training(
 ) -> None:
     spent = [0.0]
 
-    def slow(*_: Any) -> dict[str, float]:
+    def slow(*_: Any) -> list[dict[str, float]]:
         spent[0] += 1000.0
-        return {"ne": 1.0}
+        return [{"ne": 1.0}]
 
     clock = types.SimpleNamespace(perf_counter=lambda: time.perf_counter() + spent[0])
-    monkeypatch.setattr(Evaluator, "__call__", slow)
+    monkeypatch.setattr(Evaluator, "each", slow)
     monkeypatch.setattr(loop, "time", clock)
     result = loop.train(trial_of(sequences, **{"train.validations": 4}), tmp_path / "run")
     assert result["train_seconds"] < 1000
