@@ -5,6 +5,7 @@ as for every executor, and the trial goes on from its last checkpoint on another
 """
 
 import logging
+import socket
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -32,8 +33,9 @@ class RayExecutor(SharedExecutor["ObjectRef[Ended]"]):
         except ModuleNotFoundError:
             raise missing("ray") from None
         try:
+            _knock(address)
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             where = f"at {address}" if address else "here"
             raise UserError(f"no Ray cluster answers {where}: {_first_sentence(error)}") from None
         self._ray = ray
@@ -71,6 +73,13 @@ class RayExecutor(SharedExecutor["ObjectRef[Ended]"]):
         except self._ray.exceptions.RayError as error:  # of the node, of Ray, of what is installed there
             return Ended(_first_sentence(error), lost=True)
         return end
+
+
+def _knock(address: str | None) -> None:
+    """Raises OSError if nobody listens at HOST:PORT, where Ray would try for minutes."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _attempt(task: Task) -> Ended:

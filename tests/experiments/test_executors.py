@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -66,30 +67,31 @@ def attempts(out: Path) -> dict[str, int]:
 
 
 @pytest.fixture(scope="module")
-def nodes() -> Iterator["subprocess.Popen[str]"]:
-    """A Ray cluster of three nodes with a CPU each; the first line it says is its address."""
+def nodes() -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
+    """A Ray cluster of three nodes with a CPU each: its address, and the process that takes nodes away."""
     pytest.importorskip("ray")
     with subprocess.Popen(
         [sys.executable, str(HERE / "ray_nodes.py"), "3"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as cluster:
-        yield cluster
+        assert cluster.stdout is not None
+        yield cluster.stdout.readline().strip(), cluster
 
 
 def test_ray_comes_to_what_local_processes_do_and_survives_the_loss_of_a_node(
-    tmp_path: Path, nodes: "subprocess.Popen[str]", capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, nodes: tuple[str, "subprocess.Popen[str]"], capfd: pytest.CaptureFixture[str]
 ) -> None:
     planned = mixed(waiting=3, good=6)
     here, there = tmp_path / "local", tmp_path / "ray"
     let_go(here, planned)
     expected = outcome(planned, here, LocalExecutor(2))
-    assert nodes.stdout is not None
-    executor = make_executor(ExecutorConfig("ray", address=nodes.stdout.readline().strip()))
+    address, cluster = nodes
+    executor = make_executor(ExecutorConfig("ray", address=address))
 
     def lose_a_node() -> None:
-        assert nodes.stdin is not None
+        assert cluster.stdin is not None
         until(lambda: all("step 2" in events(there, one) for one in planned[:3]), seconds=120)
-        nodes.stdin.write("remove\n")
-        nodes.stdin.flush()
+        cluster.stdin.write("remove\n")
+        cluster.stdin.flush()
         workers = [read_journal(trial_folder(there, one.trial.hash))[0][0] for one in planned[:3]]
         until(lambda: not all(alive(pid) for pid in workers), seconds=60)
         let_go(there, planned)
@@ -101,6 +103,27 @@ def test_ray_comes_to_what_local_processes_do_and_survives_the_loss_of_a_node(
     more = {key: count - attempts(here)[key] for key, count in attempts(there).items()}
     assert sorted(more.values()) == [0] * 11 + [1]  # the trial of the lost node was started once more
     assert "retry" in capfd.readouterr().out
+
+
+def test_ray_ends_attempts_with_the_launcher(tmp_path: Path, nodes: tuple[str, "subprocess.Popen[str]"]) -> None:
+    planned = plan(1, behaviour="wait")
+    config = ExecutorConfig("ray", address=nodes[0])
+
+    def interrupt() -> None:
+        until(lambda: "step 2" in events(tmp_path, planned[0]), seconds=120)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    disturber = threading.Thread(target=interrupt)
+    disturber.start()
+    with pytest.raises(SystemExit) as stop:
+        run_study(planned, tmp_path, executor=make_executor(config), quiet=True, trainer=TRAINER)
+    disturber.join()
+    assert stop.value.code == 130
+    ((worker, _), *_) = read_journal(trial_folder(tmp_path, planned[0].trial.hash))
+    assert not alive(worker)
+    let_go(tmp_path, planned)
+    assert run_study(planned, tmp_path, executor=make_executor(config), quiet=True, trainer=TRAINER).done == 1
+    assert_sound(tmp_path)
 
 
 @pytest.fixture
@@ -193,6 +216,14 @@ def test_a_missing_extra_is_one_sentence(
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     assert f"pip install 'genrec-lab[{name}]'" in fails(capsys, "--executor", name)
+
+
+def test_a_cluster_that_does_not_answer_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("ray")
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{nobody.getsockname()[1]}"
+        assert f"no Ray cluster answers at {address}" in fails(capsys, "--executor", "ray", "--address", address)
 
 
 def test_options_that_do_not_go_together_are_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
