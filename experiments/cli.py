@@ -169,7 +169,12 @@ def sweep(
     *,
     data: Path,
     budget: Literal["small", "medium", "large"] = "small",
-    workers: int = 1,
+    workers: int | None = None,
+    executor: Literal["local", "ray", "slurm"] = "local",
+    address: str | None = None,
+    cpus: int | None = None,
+    gpus: float | None = None,
+    slurm: Many[tuple[str, ...]] = (),
     out: Path | None = None,
     dry_run: bool = False,
     quiet: bool = False,
@@ -180,14 +185,21 @@ def sweep(
         name: Study by name.
         data: Dataset folder, or the folder of a known raw dataset.
         budget: Size of the study.
-        workers: Trials at a time.
+        workers: Trials at a time (default: 1; on a cluster as many as it takes).
+        executor: What runs the trials: processes of this machine, a Ray cluster, or SLURM (docs/scaling_out.md).
+        address: Address of the Ray cluster (default: the one of this machine).
+        cpus: CPUs of a trial on a cluster (default: 1).
+        gpus: GPUs of a trial on a cluster (default: 0); with Ray a fraction shares one.
+        slurm: KEY=VALUE for sbatch, for example partition=gpu or time=120 (minutes); repeat for several.
         out: Folder of the study (default: runs/NAME-DATASET-BUDGET).
         dry_run: Print every trial with its FLOPs, memory and expected time, and run nothing.
         quiet: Plain lines instead of a live table.
     """
+    from experiments.executors import ExecutorConfig
     from experiments.run import run_named
 
-    sys.exit(run_named(name, data, budget, workers=workers, out=out, dry_run=dry_run, quiet=quiet))
+    where = ExecutorConfig(executor, workers, address, cpus, gpus, slurm)
+    sys.exit(run_named(name, data, budget, where=where, out=out, dry_run=dry_run, quiet=quiet))
 
 
 def fit(

@@ -9,7 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from experiments.folder import lock, read_record, read_result
+from experiments.folder import read_record, read_result
+from experiments.lease import hold
 from genrec_jax.config import Trial, default_trial, override, trial_from_json
 from genrec_jax.data.catalog import load_any
 from genrec_jax.data.sequences import digest_of
@@ -63,7 +64,7 @@ def train_command(
             work()
         return
     out.mkdir(parents=True, exist_ok=True)
-    held = lock(out / "lock", wait=False)
+    held = hold(out / "lease", wait=False)
     if held is None:
         raise UserError(f"another process trains in {out}; let it finish or choose another --out")
     with held, _saying_how_to_go_on(), together():

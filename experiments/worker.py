@@ -9,35 +9,27 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
-from experiments.folder import lock, read_result
-from genrec_jax.config import Trial
+from experiments.executors import Ended, Progress, Task, Waiting
+from experiments.folder import read_result
+from experiments.lease import hold
 from genrec_jax.errors import UserError
 from genrec_jax.train.cache import enable_compilation_cache
 
-Message = tuple[Literal["progress", "waiting", "error", "user_error"], Any]
+STOPPED = 128 + signal.SIGTERM
 # A trial of tiny steps reports thousands of times a second; a person reads a few.
 _SECONDS_BETWEEN_REPORTS = 0.1
 
 
-@dataclass(frozen=True)
-class Task:
-    """trainer: "module:function". cpus: cores to use (empty: all). environment: set before jax looks for devices."""
-
-    trial: Trial
-    folder: Path
-    trainer: str
-    cpus: tuple[int, ...]
-    environment: Mapping[str, str]
-
-
 def work(task: Task, channel: Connection) -> None:
-    """Trains (or resumes) the trial; exit code 0 with a result on disk, 2 for a UserError, anything else is a crash."""
+    """Trains (or resumes) the trial.
+
+    Exit code 0 with a result on disk, 2 for a UserError, 143 after SIGTERM; anything else is a crash.
+    """
     os.setsid()  # its own group: a terminal's Ctrl-C reaches the launcher alone, and the group can be ended whole
     threading.Thread(target=_end_with_launcher, daemon=True).start()
     signal.signal(signal.SIGTERM, _stop)
@@ -47,24 +39,25 @@ def work(task: Task, channel: Connection) -> None:
         os.sched_setaffinity(0, task.cpus)
     enable_compilation_cache()
     try:
+        os.chdir(task.cwd)
         _train(task, channel)
     except UserError as error:
-        channel.send(("user_error", str(error)))
+        channel.send(Ended(str(error), refused=True))
         sys.exit(2)
     except Exception as error:
         traceback.print_exc()
-        channel.send(("error", "".join(traceback.format_exception_only(error)).strip()))
+        channel.send(Ended("".join(traceback.format_exception_only(error)).strip()))
         sys.exit(1)
 
 
 def _train(task: Task, channel: Connection) -> None:
-    held = lock(task.folder / "lock", wait=False)
+    held = hold(task.folder / "lease", wait=False)
     if held is None:
-        channel.send(("waiting", None))
-        held = lock(task.folder / "lock", wait=True)
+        channel.send(Waiting())
+        held = hold(task.folder / "lease", wait=True)
     assert held is not None
     with held:
-        if read_result(task.folder) is not None:  # whoever held the lock has finished the trial
+        if read_result(task.folder) is not None:  # whoever held the lease has finished the trial
             return
         resolve(task.trainer)(task.trial, task.folder, on_progress=_Reports(channel))
         if read_result(task.folder) is None:
@@ -88,7 +81,7 @@ class _Reports:
     def __call__(self, record: Mapping[str, Any]) -> None:
         now = time.monotonic()
         if now - self._sent >= _SECONDS_BETWEEN_REPORTS or record["step"] == record["steps"]:
-            self._channel.send(("progress", dict(record)))
+            self._channel.send(Progress(dict(record)))
             self._sent = now
 
 
@@ -102,7 +95,7 @@ def _end_with_launcher() -> None:
 
 def _stop(_signal: int, _frame: FrameType | None) -> None:
     """Unwinds the trainer, so that a checkpoint on its way to disk gets there."""
-    sys.exit(143)
+    sys.exit(STOPPED)
 
 
 def _write_to(path: Path) -> None:
