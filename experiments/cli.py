@@ -167,6 +167,7 @@ def sweep(
     data: Path,
     budget: Literal["small", "medium", "large"] = "small",
     workers: int = 1,
+    pack: int = 1,
     out: Path | None = None,
     dry_run: bool = False,
     quiet: bool = False,
@@ -177,14 +178,15 @@ def sweep(
         name: Study by name.
         data: Dataset folder, or the folder of a known raw dataset.
         budget: Size of the study.
-        workers: Trials at a time.
+        workers: Processes at a time, each with a trial or a pack of them.
+        pack: Trials that a process trains together, where they differ in seed, learning rates and the like alone.
         out: Folder of the study (default: runs/NAME-DATASET-BUDGET).
         dry_run: Print every trial with its FLOPs, memory and expected time, and run nothing.
         quiet: Plain lines instead of a live table.
     """
     from experiments.run import run_named
 
-    sys.exit(run_named(name, data, budget, workers=workers, out=out, dry_run=dry_run, quiet=quiet))
+    sys.exit(run_named(name, data, budget, workers=workers, pack=pack, out=out, dry_run=dry_run, quiet=quiet))
 
 
 def fit(

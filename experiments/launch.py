@@ -27,9 +27,10 @@ from experiments.study import PlannedTrial
 from experiments.table import rebuild_table
 from experiments.worker import Message, Task, work
 from genrec_jax.errors import UserError
+from genrec_jax.train.pack import pack_key
 from genrec_jax.train.record import write_json
 
-TRAINER = "genrec_jax.train.loop:train"
+TRAINER = "genrec_jax.train.loop:train_pack"
 ATTEMPTS = 3
 _TICK = 0.2
 _GRACE = 10.0  # seconds a stopped trainer has to let a checkpoint reach the disk
@@ -48,20 +49,26 @@ class Summary:
     table: Path
 
 
-def run_study(planned: list[PlannedTrial], out: Path, *, workers: int, quiet: bool, trainer: str = TRAINER) -> Summary:
+def run_study(
+    planned: list[PlannedTrial], out: Path, *, workers: int, quiet: bool, pack: int = 1, trainer: str = TRAINER
+) -> Summary:
     """Trains every planned trial that has no result yet and rebuilds ``out/results.csv``.
 
-    A trial that crashes is tried three times, then recorded as failed; the next launch tries it again. Ctrl-C (or
-    SIGTERM) stops the workers, says how to go on and exits with 130 (143). Raises UserError for a second launcher on
-    ``out`` and, once every other trial is through, for a trial whose configuration or data is refused.
+    Up to ``pack`` trials that may be trained together (:func:`genrec_jax.train.pack.pack_key`) are the work of one
+    process; those of a pack that fails are tried again one by one. A trial that crashes is tried three times, then
+    recorded as failed; the next launch tries it again. Ctrl-C (or SIGTERM) stops the workers, says how to go on and
+    exits with 130 (143). Raises UserError for a second launcher on ``out`` and, once every other trial is through, for
+    a trial whose configuration or data is refused.
     """
     if not planned:
         raise UserError("the study has no trials")
     if workers < 1:
         raise UserError(f"--workers must be at least 1, not {workers}")
+    if pack < 1:
+        raise UserError(f"--pack must be at least 1, not {pack}")
     out.mkdir(parents=True, exist_ok=True)
     with only_launcher(out):
-        return _Launch(planned, out, workers, quiet, trainer).run()
+        return _Launch(planned, out, workers, quiet, pack, trainer).run()
 
 
 @dataclass
@@ -78,7 +85,7 @@ class _Job:
 
 @dataclass
 class _Attempt:
-    job: _Job
+    jobs: list[_Job]  # a pack of trials
     slot: Slot
     process: ForkServerProcess
     channel: connection.Connection
@@ -88,7 +95,9 @@ class _Attempt:
 
 
 class _Launch:
-    def __init__(self, planned: list[PlannedTrial], out: Path, workers: int, quiet: bool, trainer: str) -> None:
+    def __init__(
+        self, planned: list[PlannedTrial], out: Path, workers: int, quiet: bool, pack: int, trainer: str
+    ) -> None:
         self._out = out
         self._workers = workers
         self._trainer = trainer
@@ -97,9 +106,9 @@ class _Launch:
         todo = [job for job in self._jobs if read_result(job.folder) is None]
         self._todo = todo
         self._earlier = len(self._jobs) - len(todo)
-        # Longest first: a long trial started last would leave the other workers idle.
-        self._queue = deque(sorted(todo, key=lambda job: -job.cost))
-        self._free = deque(make_slots(min(workers, max(len(todo), 1))))
+        # Longest first: a long one started last would leave the other workers idle.
+        self._queue = deque(sorted(_packs(todo, pack), key=lambda jobs: -sum(job.cost for job in jobs)))
+        self._free = deque(make_slots(min(workers, max(len(self._queue), 1))))
         self._running: list[_Attempt] = []
         self._signal = 0
         weight = sum(job.cost for job in todo)
@@ -124,10 +133,12 @@ class _Launch:
             sys.exit(128 + self._signal)
         return self._summary()
 
-    def _start(self, context: ForkServerContext, job: _Job, slot: Slot) -> None:
-        job.attempts += 1
-        (job.folder / "failure.json").unlink(missing_ok=True)
-        task = Task(job.planned.trial, job.folder, self._trainer, slot.cpus, slot.environment)
+    def _start(self, context: ForkServerContext, jobs: list[_Job], slot: Slot) -> None:
+        for job in jobs:
+            job.attempts += 1
+            (job.folder / "failure.json").unlink(missing_ok=True)
+        trials, folders = tuple(job.planned.trial for job in jobs), tuple(job.folder for job in jobs)
+        task = Task(trials, folders, self._trainer, slot.cpus, slot.environment)
         channel, sender = context.Pipe(duplex=False)
         # Not a daemon: those may have no children, and a trainer may load its data in some.
         process = context.Process(target=work, args=(task, sender))
@@ -138,8 +149,9 @@ class _Launch:
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         sender.close()
-        self._running.append(_Attempt(job, slot, process, channel))
-        self._reporter.started(job.folder.name, job.planned.name, job.cost)
+        self._running.append(_Attempt(jobs, slot, process, channel))
+        for job in jobs:
+            self._reporter.started(job.folder.name, job.planned.name, job.cost)
 
     def _listen(self) -> None:
         """Waits a moment for words from the workers, or their end."""
@@ -156,30 +168,37 @@ class _Launch:
             while attempt.talking and attempt.channel.poll():
                 message: Message = attempt.channel.recv()
                 if message[0] == "progress":
-                    self._reporter.progress(attempt.job.folder.name, message[1])
+                    self._reporter.progress(*message[1])
                 elif message[0] == "waiting":
-                    self._reporter.show(f"{attempt.job.planned.name}: waiting for another process to leave its folder")
+                    name = next(job.planned.name for job in attempt.jobs if job.folder.name == message[1])
+                    self._reporter.show(f"{name}: waiting for another process to leave its folder")
                 else:
                     attempt.message = message
         except (EOFError, OSError):
             attempt.talking = False  # the worker is gone, perhaps in the middle of a word
 
     def _finish(self, attempt: _Attempt) -> None:
-        job, key, exitcode = attempt.job, attempt.job.folder.name, attempt.process.exitcode
+        exitcode = attempt.process.exitcode
         self._release(attempt)
-        result = read_result(job.folder)
-        if result is not None:  # whatever happened after the result was written does not matter
-            job.status = result["status"]
-            self._reporter.ended(key, job.status, duration(time.monotonic() - attempt.began))
-            rebuild_table(self._out)
-            return
+        problem = str(attempt.message[1]) if attempt.message else _death(exitcode)
         refused = attempt.message is not None and attempt.message[0] == "user_error"
-        job.problem = str(attempt.message[1]) if attempt.message else _death(exitcode)
-        if not refused and job.attempts < ATTEMPTS:
-            self._queue.appendleft(job)
-            self._reporter.stopped(key, f"{job.problem} (attempt {job.attempts} of {ATTEMPTS})")
-            return
-        job.status = "refused" if refused else "failed"
+        for job in attempt.jobs:
+            result = read_result(job.folder)
+            if result is not None:  # whatever happened after the result was written does not matter
+                job.status = result["status"]
+                took = duration(time.monotonic() - attempt.began)
+                self._reporter.ended(job.folder.name, job.status, took)
+            elif job.attempts < ATTEMPTS and (len(attempt.jobs) > 1 or not refused):
+                self._queue.appendleft([job])
+                note = f"{problem} (attempt {job.attempts} of {ATTEMPTS})"
+                self._reporter.stopped(job.folder.name, note)
+            else:
+                self._fail(job, attempt.jobs[0], problem, refused)
+        rebuild_table(self._out)
+
+    def _fail(self, job: _Job, first: _Job, problem: str, refused: bool) -> None:
+        """Gives a trial up; the words of its worker are in the folder of its pack's ``first``."""
+        job.status, job.problem = "refused" if refused else "failed", problem
         write_json(
             job.folder / "failure.json",
             {
@@ -187,11 +206,10 @@ class _Launch:
                 "kind": job.status,
                 "message": job.problem,
                 "attempts": job.attempts,
-                "log": "log.txt",
+                "log": "log.txt" if job is first else f"../{first.folder.name}/log.txt",
             },
         )
-        self._reporter.ended(key, "failed", job.problem)
-        rebuild_table(self._out)
+        self._reporter.ended(job.folder.name, "failed", job.problem)
 
     def _release(self, attempt: _Attempt) -> None:
         """Ends what the worker may have left behind and frees its slot."""
@@ -289,6 +307,14 @@ def _prepare(planned: list[PlannedTrial], out: Path) -> list[_Job]:
         jobs.append(_Job(here[0], folder, (here[0].cost or 0.0) if costed else 1.0))
     _withdraw({one.study for one in planned}, set(places), out)
     return jobs
+
+
+def _packs(jobs: list[_Job], size: int) -> list[list[_Job]]:
+    """Groups of at most ``size`` trials that may be trained together."""
+    alike: dict[str, list[_Job]] = {}
+    for job in jobs:
+        alike.setdefault(pack_key(job.planned.trial), []).append(job)
+    return [own[start : start + size] for own in alike.values() for start in range(0, len(own), size)]
 
 
 def _withdraw(studies: set[str], planned: set[str], out: Path) -> None:

@@ -22,7 +22,7 @@ def studies() -> dict[str, Study]:
 
 
 def run_named(
-    name: str, data: Path, budget: Budget, *, workers: int, out: Path | None, dry_run: bool, quiet: bool
+    name: str, data: Path, budget: Budget, *, workers: int, pack: int, out: Path | None, dry_run: bool, quiet: bool
 ) -> int:
     """Runs a study and writes its table and report; returns the exit code (1 if a trial failed for good)."""
     from experiments.dry_run import print_plan, with_cost
@@ -49,7 +49,7 @@ def run_named(
     write_json(target / "study.json", {"title": study.title, "summary": study.doc, "metric": study.metric})
     write_references(planned, target)
     write_notes(folder, target)
-    summary = run_study(planned, target, workers=workers, quiet=quiet)
+    summary = run_study(planned, target, workers=workers, quiet=quiet, pack=pack)
     print(f"{summary.done} done, {summary.diverged} diverged, {len(summary.failed)} failed; table {summary.table}")
     if summary.done:
         write_report([target], target / "report.html")

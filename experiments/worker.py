@@ -1,5 +1,6 @@
-"""What happens in the process of one attempt at one trial."""
+"""What happens in the process of one attempt at a trial, or at a pack of them."""
 
+import contextlib
 import importlib
 import multiprocessing
 import os
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from experiments.folder import lock, read_result
 from genrec_jax.config import Trial
@@ -27,21 +28,22 @@ _SECONDS_BETWEEN_REPORTS = 0.1
 
 @dataclass(frozen=True)
 class Task:
-    """trainer: "module:function". cpus: cores to use (empty: all). environment: set before jax looks for devices."""
+    """Trials with a folder each. trainer: "module:function", which trains them together. cpus: cores to use (empty:
+    all). environment: set before jax looks for devices."""
 
-    trial: Trial
-    folder: Path
+    trials: tuple[Trial, ...]
+    folders: tuple[Path, ...]
     trainer: str
     cpus: tuple[int, ...]
     environment: Mapping[str, str]
 
 
 def work(task: Task, channel: Connection) -> None:
-    """Trains (or resumes) the trial; exit code 0 with a result on disk, 2 for a UserError, anything else is a crash."""
+    """Trains (or resumes) the trials; exit code 0 with results on disk, 2 for a UserError, anything else is a crash."""
     os.setsid()  # its own group: a terminal's Ctrl-C reaches the launcher alone, and the group can be ended whole
     threading.Thread(target=_end_with_launcher, daemon=True).start()
     signal.signal(signal.SIGTERM, _stop)
-    _write_to(task.folder / "log.txt")
+    _write_to(task.folders[0] / "log.txt")
     os.environ.update(task.environment)
     if task.cpus:
         os.sched_setaffinity(0, task.cpus)
@@ -58,17 +60,27 @@ def work(task: Task, channel: Connection) -> None:
 
 
 def _train(task: Task, channel: Connection) -> None:
-    held = lock(task.folder / "lock", wait=False)
-    if held is None:
-        channel.send(("waiting", None))
-        held = lock(task.folder / "lock", wait=True)
-    assert held is not None
-    with held:
-        if read_result(task.folder) is not None:  # whoever held the lock has finished the trial
+    with contextlib.ExitStack() as held:
+        for folder in sorted(task.folders):  # in one order, so that no two workers wait for each other
+            held.enter_context(_held(folder, channel))
+        # Whoever held a lock may have finished its trial.
+        todo = [(one, own) for one, own in zip(task.trials, task.folders) if read_result(own) is None]
+        if not todo:
             return
-        resolve(task.trainer)(task.trial, task.folder, on_progress=_Reports(channel))
-        if read_result(task.folder) is None:
+        trials, folders = zip(*todo)
+        resolve(task.trainer)(trials, folders, on_progress=_Reports(channel))
+        if any(read_result(folder) is None for folder in folders):
             raise RuntimeError("the trainer returned without writing a valid result.json")
+
+
+def _held(folder: Path, channel: Connection) -> IO[bytes]:
+    """The lock on a trial's folder."""
+    held = lock(folder / "lock", wait=False)
+    if held is None:
+        channel.send(("waiting", folder.name))
+        held = lock(folder / "lock", wait=True)
+    assert held is not None
+    return held
 
 
 def resolve(path: str) -> Callable[..., Any]:
@@ -79,17 +91,18 @@ def resolve(path: str) -> Callable[..., Any]:
 
 
 class _Reports:
-    """Sends the first and last line of progress, and as many between as a person can read."""
+    """Sends the first and last line of a trial's progress, and as many between as a person can read."""
 
     def __init__(self, channel: Connection) -> None:
         self._channel = channel
-        self._sent = -float("inf")
+        self._sent: dict[str, float] = {}
 
-    def __call__(self, record: Mapping[str, Any]) -> None:
-        now = time.monotonic()
-        if now - self._sent >= _SECONDS_BETWEEN_REPORTS or record["step"] == record["steps"]:
-            self._channel.send(("progress", dict(record)))
-            self._sent = now
+    def __call__(self, trial: Trial, record: Mapping[str, Any]) -> None:
+        now, name = time.monotonic(), trial.hash
+        last = self._sent.get(name, -float("inf"))
+        if now - last >= _SECONDS_BETWEEN_REPORTS or record["step"] == record["steps"]:
+            self._channel.send(("progress", (name, dict(record))))
+            self._sent[name] = now
 
 
 def _end_with_launcher() -> None:
