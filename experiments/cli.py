@@ -175,6 +175,7 @@ def sweep(
     cpus: int | None = None,
     gpus: float | None = None,
     slurm: Many[tuple[str, ...]] = (),
+    pack: int = 1,
     out: Path | None = None,
     dry_run: bool = False,
     quiet: bool = False,
@@ -185,12 +186,13 @@ def sweep(
         name: Study by name.
         data: Dataset folder, or the folder of a known raw dataset.
         budget: Size of the study.
-        workers: Trials at a time (default: 1; on a cluster as many as it takes).
+        workers: Attempts at a time, each at a trial or a pack (default: 1; on a cluster as many as it takes).
         executor: What runs the trials: processes of this machine, a Ray cluster, or SLURM (docs/scaling_out.md).
         address: Address of the Ray cluster (default: the one of this machine).
-        cpus: CPUs of a trial on a cluster (default: 1).
-        gpus: GPUs of a trial on a cluster (default: 0); with Ray a fraction shares one.
+        cpus: CPUs of an attempt on a cluster (default: 1).
+        gpus: GPUs of an attempt on a cluster (default: 0); with Ray a fraction shares one.
         slurm: KEY=VALUE for sbatch, for example partition=gpu or time=120 (minutes); repeat for several.
+        pack: Trials that a process trains together, where they differ in seed, learning rates and the like alone.
         out: Folder of the study (default: runs/NAME-DATASET-BUDGET).
         dry_run: Print every trial with its FLOPs, memory and expected time, and run nothing.
         quiet: Plain lines instead of a live table.
@@ -199,7 +201,7 @@ def sweep(
     from experiments.run import run_named
 
     where = ExecutorConfig(executor, workers, address, cpus, gpus, slurm)
-    sys.exit(run_named(name, data, budget, where=where, out=out, dry_run=dry_run, quiet=quiet))
+    sys.exit(run_named(name, data, budget, where=where, pack=pack, out=out, dry_run=dry_run, quiet=quiet))
 
 
 def fit(

@@ -22,9 +22,10 @@ from experiments.progress import Reporter, duration, make_reporter
 from experiments.study import PlannedTrial
 from experiments.table import rebuild_table
 from genrec_jax.errors import UserError
+from genrec_jax.train.pack import pack_key
 from genrec_jax.train.record import write_json
 
-TRAINER = "genrec_jax.train.loop:train"
+TRAINER = "genrec_jax.train.loop:train_pack"
 ATTEMPTS = 3
 _TICK = 0.2
 
@@ -43,21 +44,25 @@ class Summary:
 
 
 def run_study(
-    planned: list[PlannedTrial], out: Path, *, executor: Executor, quiet: bool, trainer: str = TRAINER
+    planned: list[PlannedTrial], out: Path, *, executor: Executor, quiet: bool, pack: int = 1, trainer: str = TRAINER
 ) -> Summary:
     """Trains every planned trial that has no result yet and rebuilds ``out/results.csv``; closes the executor.
 
-    A trial that crashes is tried three times, then recorded as failed; the next launch tries it again. An attempt that
-    was ended from outside (a lost node) counts only if it got no further than those before it. Ctrl-C (or SIGTERM)
-    stops the workers, says how to go on and exits with 130 (143). Raises UserError for a second launcher on ``out``
-    and, once every other trial is through, for a trial whose configuration or data is refused.
+    Up to ``pack`` trials that may be trained together (:func:`genrec_jax.train.pack.pack_key`) are one attempt; those
+    of a pack that fails are tried again one by one. A trial that crashes is tried three times, then recorded as failed;
+    the next launch tries it again. An attempt that was ended from outside (a lost node) counts only if it got no
+    further than those before it. Ctrl-C (or SIGTERM) stops the workers, says how to go on and exits with 130 (143).
+    Raises UserError for a second launcher on ``out`` and, once every other trial is through, for a trial whose
+    configuration or data is refused.
     """
     with contextlib.closing(executor):
         if not planned:
             raise UserError("the study has no trials")
+        if pack < 1:
+            raise UserError(f"--pack must be at least 1, not {pack}")
         out.mkdir(parents=True, exist_ok=True)
         with only_launcher(out):
-            return _Launch(planned, out, executor, quiet, trainer).run()
+            return _Launch(planned, out, executor, quiet, pack, trainer).run()
 
 
 @dataclass
@@ -81,7 +86,9 @@ class _Job:
 
 
 class _Launch:
-    def __init__(self, planned: list[PlannedTrial], out: Path, executor: Executor, quiet: bool, trainer: str) -> None:
+    def __init__(
+        self, planned: list[PlannedTrial], out: Path, executor: Executor, quiet: bool, pack: int, trainer: str
+    ) -> None:
         self._out = out
         self._executor = executor
         self._trainer = trainer
@@ -90,9 +97,9 @@ class _Launch:
         todo = [job for job in self._jobs if read_result(job.folder) is None]
         self._todo = todo
         self._earlier = len(self._jobs) - len(todo)
-        # Longest first: a long trial started last would leave the other workers idle.
-        self._queue = deque(sorted(todo, key=lambda job: -job.cost))
-        self._running: dict[str, _Job] = {}
+        # Longest first: a long one started last would leave the other workers idle.
+        self._queue = deque(sorted(_packs(todo, pack), key=lambda jobs: -sum(job.cost for job in jobs)))
+        self._running: dict[str, list[_Job]] = {}  # by the key of the attempt
         self._signal = 0
         weight = sum(job.cost for job in todo)
         self._reporter: Reporter = make_reporter(len(self._jobs), self._earlier, weight, quiet=quiet)
@@ -100,13 +107,14 @@ class _Launch:
     def run(self) -> Summary:
         with self._signals():
             try:
-                self._executor.open(len(self._todo), self._trainer)
+                self._executor.open(len(self._queue), self._trainer)
                 while (self._queue or self._running) and not self._signal:
                     while self._queue and self._has_room():
                         self._start(self._queue.popleft())
                     for key, word in self._executor.listen(_TICK):
-                        self._hear(self._running[key], word)
-                    self._reporter.pending = len(self._running) - len(self._reporter.running)
+                        self._hear(key, word)
+                    waiting = (job for jobs in self._running.values() for job in jobs)
+                    self._reporter.pending = sum(job.folder.name not in self._reporter.running for job in waiting)
                     self._reporter.tick()
             finally:
                 self._stop()
@@ -121,49 +129,56 @@ class _Launch:
     def _has_room(self) -> bool:
         return self._executor.workers is None or len(self._running) < self._executor.workers
 
-    def _start(self, job: _Job) -> None:
-        job.attempts += 1
-        job.furthest, job.reached = max(job.furthest, job.reached), 0
-        (job.folder / "failure.json").unlink(missing_ok=True)
-        self._executor.start(Task(job.planned.trial, job.folder.absolute(), self._trainer, Path.cwd()))
-        self._running[job.folder.name] = job
+    def _start(self, jobs: list[_Job]) -> None:
+        for job in jobs:
+            job.attempts += 1
+            job.furthest, job.reached = max(job.furthest, job.reached), 0
+            (job.folder / "failure.json").unlink(missing_ok=True)
+        folders = tuple(job.folder.absolute() for job in jobs)
+        task = Task(tuple(job.planned.trial for job in jobs), folders, self._trainer, Path.cwd())
+        self._executor.start(task)
+        self._running[task.key] = jobs
 
-    def _hear(self, job: _Job, word: Word) -> None:
-        key, name = job.folder.name, job.planned.name
+    def _hear(self, key: str, word: Word) -> None:
+        jobs = self._running[key]
         if isinstance(word, Began):
-            self._begin(job, word.where)
+            self._begin(jobs, word.where)
         elif isinstance(word, Progress):
+            (job,) = (job for job in jobs if job.folder.name == word.trial)
             job.reached = word.record["step"]
-            self._reporter.progress(key, word.record)
+            self._reporter.progress(word.trial, word.record)
         elif isinstance(word, Waiting):
-            self._reporter.show(f"{name}: waiting for another process to leave its folder")
+            self._reporter.show(f"{jobs[0].planned.name}: waiting for another process to leave its folder")
         else:
             del self._running[key]
             if key not in self._reporter.running:  # lost before it said a word
-                self._begin(job, "")
-            self._finish(job, word)
+                self._begin(jobs, "")
+            for job in jobs:
+                self._finish(job, jobs, word)
+            rebuild_table(self._out)
 
-    def _begin(self, job: _Job, where: str) -> None:
-        job.began = time.monotonic()
-        name = f"{job.planned.name} on {where}" if where else job.planned.name
-        self._reporter.started(job.folder.name, name, job.cost)
+    def _begin(self, jobs: list[_Job], where: str) -> None:
+        for job in jobs:
+            job.began = time.monotonic()
+            name = f"{job.planned.name} on {where}" if where else job.planned.name
+            self._reporter.started(job.folder.name, name, job.cost)
 
-    def _finish(self, job: _Job, end: Ended) -> None:
+    def _finish(self, job: _Job, pack: list[_Job], end: Ended) -> None:
         key = job.folder.name
         result = read_result(job.folder)
         if result is not None:  # whatever happened after the result was written does not matter
             job.status = result["status"]
             self._reporter.ended(key, job.status, duration(time.monotonic() - job.began))
-            rebuild_table(self._out)
             return
         job.problem = end.problem
         counts = not (end.lost and job.reached > job.furthest)
         job.tries += counts
-        if not end.refused and job.tries < ATTEMPTS:
-            self._queue.appendleft(job)
+        if job.tries < ATTEMPTS and (len(pack) > 1 or not end.refused):
+            self._queue.appendleft([job])
             self._reporter.stopped(key, job.problem + (f" (attempt {job.tries} of {ATTEMPTS})" if counts else ""))
             return
         job.status = "refused" if end.refused else "failed"
+        first = pack[0].folder.name
         write_json(
             job.folder / "failure.json",
             {
@@ -171,11 +186,10 @@ class _Launch:
                 "kind": job.status,
                 "message": job.problem,
                 "attempts": job.attempts,
-                "log": "log.txt",
+                "log": "log.txt" if key == first else f"../{first}/log.txt",
             },
         )
         self._reporter.ended(key, "failed", job.problem)
-        rebuild_table(self._out)
 
     def _stop(self) -> None:
         """Asks the workers to stop, then insists; a second Ctrl-C insists at once."""
@@ -262,6 +276,16 @@ def _prepare(planned: list[PlannedTrial], out: Path) -> list[_Job]:
         jobs.append(_Job(here[0], folder, (here[0].cost or 0.0) if costed else 1.0))
     _withdraw({one.study for one in planned}, set(places), out)
     return jobs
+
+
+def _packs(jobs: list[_Job], size: int) -> list[list[_Job]]:
+    """Groups of at most ``size`` trials that may be trained together."""
+    if size == 1:
+        return [[job] for job in jobs]
+    alike: dict[str, list[_Job]] = {}
+    for job in jobs:
+        alike.setdefault(pack_key(job.planned.trial), []).append(job)
+    return [own[start : start + size] for own in alike.values() for start in range(0, len(own), size)]
 
 
 def _withdraw(studies: set[str], planned: set[str], out: Path) -> None:

@@ -23,7 +23,15 @@ def studies() -> dict[str, Study]:
 
 
 def run_named(
-    name: str, data: Path, budget: Budget, *, where: ExecutorConfig, out: Path | None, dry_run: bool, quiet: bool
+    name: str,
+    data: Path,
+    budget: Budget,
+    *,
+    where: ExecutorConfig,
+    pack: int,
+    out: Path | None,
+    dry_run: bool,
+    quiet: bool,
 ) -> int:
     """Runs a study and writes its table and report; returns the exit code (1 if a trial failed for good)."""
     from experiments.dry_run import print_plan, with_cost
@@ -51,7 +59,7 @@ def run_named(
     write_json(target / "study.json", {"title": study.title, "summary": study.doc, "metric": study.metric})
     write_references(planned, target)
     write_notes(folder, target)
-    summary = run_study(planned, target, executor=executor, quiet=quiet)
+    summary = run_study(planned, target, executor=executor, quiet=quiet, pack=pack)
     print(f"{summary.done} done, {summary.diverged} diverged, {len(summary.failed)} failed; table {summary.table}")
     if summary.done:
         write_report([target], target / "report.html")

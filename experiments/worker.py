@@ -1,5 +1,6 @@
-"""What happens in the process of one attempt at one trial."""
+"""What happens in the process of one attempt at a trial, or at a pack of them."""
 
+import contextlib
 import importlib
 import multiprocessing
 import os
@@ -16,7 +17,8 @@ from typing import Any
 
 from experiments.executors import Ended, Progress, Task, Waiting
 from experiments.folder import read_result
-from experiments.lease import hold
+from experiments.lease import Hold, hold
+from genrec_jax.config import Trial
 from genrec_jax.errors import UserError
 from genrec_jax.train.cache import enable_compilation_cache
 
@@ -26,9 +28,9 @@ _SECONDS_BETWEEN_REPORTS = 0.1
 
 
 def work(task: Task, channel: Connection) -> None:
-    """Trains (or resumes) the trial.
+    """Trains (or resumes) the trials.
 
-    Exit code 0 with a result on disk, 2 for a UserError, 143 after SIGTERM; anything else is a crash.
+    Exit code 0 with results on disk, 2 for a UserError, 143 after SIGTERM; anything else is a crash.
     """
     os.setsid()  # its own group: a terminal's Ctrl-C reaches the launcher alone, and the group can be ended whole
     threading.Thread(target=_end_with_launcher, daemon=True).start()
@@ -51,17 +53,27 @@ def work(task: Task, channel: Connection) -> None:
 
 
 def _train(task: Task, channel: Connection) -> None:
-    held = hold(task.folder / "lease", wait=False)
+    with contextlib.ExitStack() as held:
+        for folder in sorted(task.folders):  # in one order, so that no two workers wait for each other
+            held.enter_context(_held(folder, channel))
+        # Whoever had a lease may have finished its trial.
+        todo = [(one, own) for one, own in zip(task.trials, task.folders) if read_result(own) is None]
+        if not todo:
+            return
+        trials, folders = zip(*todo)
+        resolve(task.trainer)(trials, folders, on_progress=_Reports(channel))
+        if any(read_result(folder) is None for folder in folders):
+            raise RuntimeError("the trainer returned without writing a valid result.json")
+
+
+def _held(folder: Path, channel: Connection) -> Hold:
+    """The lease of a trial's folder."""
+    held = hold(folder / "lease", wait=False)
     if held is None:
         channel.send(Waiting())
-        held = hold(task.folder / "lease", wait=True)
+        held = hold(folder / "lease", wait=True)
     assert held is not None
-    with held:
-        if read_result(task.folder) is not None:  # whoever held the lease has finished the trial
-            return
-        resolve(task.trainer)(task.trial, task.folder, on_progress=_Reports(channel))
-        if read_result(task.folder) is None:
-            raise RuntimeError("the trainer returned without writing a valid result.json")
+    return held
 
 
 def resolve(path: str) -> Callable[..., Any]:
@@ -72,17 +84,18 @@ def resolve(path: str) -> Callable[..., Any]:
 
 
 class _Reports:
-    """Sends the first and last line of progress, and as many between as a person can read."""
+    """Sends the first and last line of a trial's progress, and as many between as a person can read."""
 
     def __init__(self, channel: Connection) -> None:
         self._channel = channel
-        self._sent = -float("inf")
+        self._sent: dict[str, float] = {}
 
-    def __call__(self, record: Mapping[str, Any]) -> None:
-        now = time.monotonic()
-        if now - self._sent >= _SECONDS_BETWEEN_REPORTS or record["step"] == record["steps"]:
-            self._channel.send(Progress(dict(record)))
-            self._sent = now
+    def __call__(self, trial: Trial, record: Mapping[str, Any]) -> None:
+        now, name = time.monotonic(), trial.hash
+        last = self._sent.get(name, -float("inf"))
+        if now - last >= _SECONDS_BETWEEN_REPORTS or record["step"] == record["steps"]:
+            self._channel.send(Progress(name, dict(record)))
+            self._sent[name] = now
 
 
 def _end_with_launcher() -> None:

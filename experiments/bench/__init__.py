@@ -59,6 +59,18 @@ def _overhead(data: Path | None) -> list[str]:
     ]
 
 
+def _packing(data: Path | None) -> list[str]:
+    from experiments.bench.packing import TRIALS, run
+
+    return [
+        f"{family}, {TRIALS} trials of rung s0, one worker: {found['alone_wall']:.2f} s a trial one after another, "
+        f"{found['packed_wall']:.2f} s packed: {found['ratio']:.2f}x the trials an hour; training loops "
+        f"{found['alone_training']:.2f} and {found['packed_training']:.2f} s: {found['training_ratio']:.2f}x "
+        f"(medians of 3); load average {os.getloadavg()[0]:.1f}"
+        for family, found in run().items()
+    ]
+
+
 def _attention(data: Path | None) -> Iterator[str]:
     from experiments.bench.attention import Found, run
 
@@ -105,6 +117,7 @@ _BENCHMARKS: dict[str, Callable[[Path | None], Iterable[str]]] = {
     "import": _import,
     "pipeline": _pipeline,
     "overhead": _overhead,
+    "packing": _packing,
     "attention": _attention,
     "thinning": _thinning,
     "tables": _tables,

@@ -17,21 +17,27 @@ ExecutorName = Literal["local", "ray", "slurm"]
 
 @dataclass(frozen=True)
 class Task:
-    """One attempt at a trial. trainer: "module:function". cwd: what relative paths of the trial start from.
+    """One attempt at a trial, or at several that are trained together, each with its folder.
 
-    cpus: cores to use (empty: all). environment: variables to set before jax looks for devices.
+    trainer: "module:function". cwd: what relative paths of the trials start from. cpus: cores to use (empty: all).
+    environment: variables to set before jax looks for devices.
     """
 
-    trial: Trial
-    folder: Path
+    trials: tuple[Trial, ...]
+    folders: tuple[Path, ...]
     trainer: str
     cwd: Path
     cpus: tuple[int, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def folder(self) -> Path:
+        """Of the first trial: what belongs to the attempt as a whole is there."""
+        return self.folders[0]
+
+    @property
     def key(self) -> str:
-        """The trial's name among all trials."""
+        """The attempt's name among all that are at work."""
         return self.folder.name
 
 
@@ -44,14 +50,15 @@ class Began:
 
 @dataclass(frozen=True)
 class Progress:
-    """A line of the trial's ``metrics.jsonl`` that has a loss."""
+    """A line of a trial's ``metrics.jsonl`` that has a loss. trial: its hash."""
 
+    trial: str
     record: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Waiting:
-    """Another process has the trial's folder."""
+    """Another process has a trial's folder."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,7 @@ class Executor(Protocol):
         """Called before the first start with the number of trials to run."""
 
     def start(self, task: Task) -> None:
-        """Starts an attempt, at once or when there is room for it; a trial has one at a time."""
+        """Starts an attempt, at once or when there is room for it; a trial is in one at a time."""
 
     def listen(self, seconds: float) -> list[tuple[str, Word]]:
         """Waits for words, ``seconds`` at most, and returns them with the keys of the tasks they are from.

@@ -62,12 +62,12 @@ class _Report:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "attempt.json"
-        self._record: dict[str, Any] = {"where": socket.gethostname(), "waiting": False, "progress": None}
+        self._record: dict[str, Any] = {"where": socket.gethostname(), "waiting": False, "progress": {}}
         self._written = -float("inf")
 
     def add(self, word: Word) -> None:
         if isinstance(word, Progress):
-            self._record["progress"] = word.record
+            self._record["progress"][word.trial] = dict(word.record)
         elif isinstance(word, Waiting):
             self._record["waiting"] = True
         if time.monotonic() - self._written >= _SECONDS_BETWEEN_REPORTS:
@@ -79,7 +79,7 @@ class _Report:
 
 
 class _Reader:
-    """What is new in a trial's ``attempt.json``."""
+    """What is new in an attempt's ``attempt.json``."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "attempt.json"
@@ -94,8 +94,8 @@ class _Reader:
             words.append(Began(record["where"]))
         if record["waiting"] and not self._seen.get("waiting"):
             words.append(Waiting())
-        if record["progress"] is not None and record["progress"] != self._seen.get("progress"):
-            words.append(Progress(record["progress"]))
+        before = self._seen.get("progress", {})
+        words += [Progress(trial, line) for trial, line in record["progress"].items() if line != before.get(trial)]
         self._seen = record
         return words
 

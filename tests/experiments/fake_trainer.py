@@ -1,11 +1,12 @@
 """A trainer without training: a few steps of sleep, a checkpoint after each, and a journal of everything it did."""
 
 import csv
+import functools
 import json
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -17,7 +18,7 @@ from genrec_jax.errors import UserError
 from genrec_jax.models.base import ModelConfig
 from genrec_jax.train.record import write_json
 
-TRAINER = "fake_trainer:train"
+TRAINER = "fake_trainer:train_pack"
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,17 @@ def plan(count: int, study: str = "study", **settings: Any) -> list[PlannedTrial
     ]
 
 
-def train(trial: Trial, run_dir: Path, *, on_progress: Any = None) -> dict[str, Any]:
+def train_pack(trials: Sequence[Trial], run_dirs: Sequence[Path], *, on_progress: Any) -> list[dict[str, Any]]:
+    """One trial after the other; each of several notes how many they are."""
+    for run_dir in run_dirs if len(trials) > 1 else ():
+        journal(run_dir, f"pack {len(trials)}")
+    return [
+        train(one, own, on_progress=functools.partial(on_progress, one))
+        for one, own in zip(trials, run_dirs, strict=True)
+    ]
+
+
+def train(trial: Trial, run_dir: Path, *, on_progress: Any) -> dict[str, Any]:
     """Resumes after the last checkpoint; the result depends on the trial alone, but for its seconds."""
     config = trial.model
     assert isinstance(config, FakeConfig)

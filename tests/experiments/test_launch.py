@@ -15,8 +15,15 @@ from experiments.study import PlannedTrial
 from genrec_jax.errors import UserError
 
 
-def launch(planned: list[PlannedTrial], out: Path, workers: int = 1) -> Summary:
-    return run_study(planned, out, executor=LocalExecutor(workers), quiet=True, trainer=TRAINER)
+def launch(planned: list[PlannedTrial], out: Path, workers: int = 1, pack: int = 1) -> Summary:
+    return run_study(planned, out, executor=LocalExecutor(workers), quiet=True, pack=pack, trainer=TRAINER)
+
+
+def seeds(count: int, **settings: Any) -> list[PlannedTrial]:
+    """Trials that differ in their seeds alone."""
+    (one,) = plan(1, **settings)
+    changed = [dataclasses.replace(one.trial, seed=seed) for seed in range(count)]
+    return [dataclasses.replace(one, trial=trial) for trial in changed]
 
 
 def folder(out: Path, one: PlannedTrial) -> Path:
@@ -146,8 +153,41 @@ def test_quiet_output_is_plain_lines(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "[1/2" in lines[1]
 
 
+def test_trials_that_differ_in_seeds_are_packed(tmp_path: Path) -> None:
+    planned = [*seeds(5), *plan(3)[1:]]
+    summary = launch(planned, tmp_path, pack=3, workers=2)
+    assert (summary.done, summary.failed) == (7, ())
+    first = [read_journal(folder(tmp_path, one))[0] for one in planned]
+    assert [event for _, event in first] == ["pack 3"] * 3 + ["pack 2"] * 2 + ["start"] * 2
+    assert len({pid for pid, _ in first}) == 4
+    assert read(tmp_path / "launch.json")["attempts"] == {one.trial.hash: 1 for one in planned}
+
+
+def test_a_pack_that_fails_is_tried_again_trial_by_trial(tmp_path: Path) -> None:
+    """The first trial of the pack dies once; the second, not yet begun, must not be taken down again by it."""
+    planned = seeds(2, behaviour="die once")
+    summary = launch(planned, tmp_path, pack=2)
+    assert summary.done == 2
+    events = [[event for _, event in read_journal(folder(tmp_path, one))] for one in planned]
+    assert events[0] == ["pack 2", "start", "step 1", "step 2", "step 3", "start", "step 3", "step 4", "finish"]
+    assert events[1][:2] == ["pack 2", "start"]
+    assert events[1].count("finish") == 1
+    assert read(tmp_path / "launch.json")["attempts"] == {planned[0].trial.hash: 2, planned[1].trial.hash: 3}
+
+
+def test_each_trial_of_a_refused_pack_has_its_own_refusal(tmp_path: Path) -> None:
+    planned = seeds(2, behaviour="refuse")
+    with pytest.raises(UserError, match=r"data/world: no such dataset \(and 1 more trials refused\)$"):
+        launch(planned, tmp_path, pack=2)
+    for one in planned:
+        failure = read(folder(tmp_path, one) / "failure.json")
+        assert (failure["kind"], failure["attempts"], failure["log"]) == ("refused", 2, "log.txt")
+
+
 def test_no_trials_and_no_workers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no trials"):
         launch([], tmp_path)
     with pytest.raises(UserError, match="--workers"):
         ExecutorConfig(workers=0)
+    with pytest.raises(UserError, match="--pack"):
+        launch(plan(1), tmp_path, pack=0)
