@@ -23,7 +23,10 @@ TRAINER = "fake_trainer:train_pack"
 
 @dataclass(frozen=True)
 class FakeConfig(ModelConfig):
-    """behaviour: "" or what goes wrong; "wait" waits in step 2 until the trial's folder has a file ``go``."""
+    """behaviour: "" or what goes wrong; "wait" waits in step 2 until the trial's folder has a file ``go``.
+
+    What SIGTERM stops there is "saved" in the journal.
+    """
 
     name: ClassVar[str] = "fake"
     width: int = 8
@@ -88,13 +91,24 @@ def train(trial: Trial, run_dir: Path, *, on_progress: Any) -> dict[str, Any]:
 def misbehave(behaviour: str, step: int, run_dir: Path) -> None:
     if behaviour == "raise" and step == 2:
         raise ValueError("the loss is\x1b[31m a fish")
-    while behaviour == "wait" and step == 2 and not (run_dir / "go").exists():
-        time.sleep(0.05)
+    if behaviour == "wait" and step == 2:
+        wait(run_dir)
     if behaviour == "refuse":
         raise UserError("data/world: no such dataset")
     if behaviour == "die once" and step == 3 and not (run_dir / "died").exists():
         (run_dir / "died").touch()
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def wait(run_dir: Path) -> None:
+    try:
+        journal(run_dir, "wait")
+        while not (run_dir / "go").exists():
+            time.sleep(0.05)
+    except SystemExit:
+        time.sleep(0.5)  # as long as it takes to write a checkpoint
+        journal(run_dir, "saved")
+        raise
 
 
 def journal(run_dir: Path, event: str) -> None:

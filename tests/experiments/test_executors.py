@@ -89,7 +89,7 @@ def test_ray_comes_to_what_local_processes_do_and_survives_the_loss_of_a_node(
 
     def lose_a_node() -> None:
         assert cluster.stdin is not None
-        until(lambda: all("step 2" in events(there, one) for one in planned[:3]), seconds=120)
+        until(lambda: all("wait" in events(there, one) for one in planned[:3]), seconds=120)
         cluster.stdin.write("remove\n")
         cluster.stdin.flush()
         workers = [read_journal(trial_folder(there, one.trial.hash))[0][0] for one in planned[:3]]
@@ -110,7 +110,7 @@ def test_ray_ends_attempts_with_the_launcher(tmp_path: Path, nodes: tuple[str, "
     config = ExecutorConfig("ray", address=nodes[0])
 
     def interrupt() -> None:
-        until(lambda: "step 2" in events(tmp_path, planned[0]), seconds=120)
+        until(lambda: "wait" in events(tmp_path, planned[0]), seconds=120)
         os.kill(os.getpid(), signal.SIGINT)
 
     disturber = threading.Thread(target=interrupt)
@@ -121,6 +121,7 @@ def test_ray_ends_attempts_with_the_launcher(tmp_path: Path, nodes: tuple[str, "
     assert stop.value.code == 130
     ((worker, _), *_) = read_journal(trial_folder(tmp_path, planned[0].trial.hash))
     assert not alive(worker)
+    assert events(tmp_path, planned[0])[-1] == "saved"
     let_go(tmp_path, planned)
     assert run_study(planned, tmp_path, executor=make_executor(config), quiet=True, trainer=TRAINER).done == 1
     assert_sound(tmp_path)
@@ -152,9 +153,10 @@ def test_slurm_comes_to_what_local_processes_do_through_preemption_and_the_loss_
     steady = planned[0]
 
     def disturb() -> None:
-        until(lambda: "step 2" in events(there, steady), seconds=120)
+        until(lambda: "wait" in events(there, steady), seconds=120)
         fake_slurm.preempt(job_of(there, steady))
-        until(lambda: events(there, steady).count("step 2") == 2, seconds=120)
+        until(lambda: events(there, steady).count("wait") == 2, seconds=120)
+        assert "saved" in events(there, steady)
         fake_slurm.fail(job_of(there, steady))
         let_go(there, planned)
 
@@ -181,7 +183,7 @@ def test_a_slurm_job_outlives_its_launcher_and_is_cancelled_with_it(tmp_path: Pa
     out = tmp_path / "out"
     (one,) = plan(1, step_seconds=0.0, behaviour="wait")
     first = launcher(out)
-    until(lambda: "step 2" in events(out, one), seconds=120)
+    until(lambda: "wait" in events(out, one), seconds=120)
     first.kill()
     first.communicate()
     second = launcher(out)
@@ -192,12 +194,18 @@ def test_a_slurm_job_outlives_its_launcher_and_is_cancelled_with_it(tmp_path: Pa
     assert second.returncode == 130, said
     assert said.splitlines()[-1] == "stopped with 0 of 1 trials finished; run the same command again to go on"
     assert fake_slurm.status("1").startswith("CANCELLED")
-    assert events(out, one) == ["start", "step 1", "step 2"]  # the second took over the job of the first
+    assert events(out, one) == [
+        "start",
+        "step 1",
+        "step 2",
+        "wait",
+        "saved",
+    ]  # the second took over the job of the first
     let_go(out, [one])
     third = launcher(out)
     said, _ = third.communicate(timeout=60)
     assert third.returncode == 0, said
-    assert fake_slurm.status("2") == "COMPLETED"
+    until(lambda: fake_slurm.status("2") == "COMPLETED")
     assert_sound(out)
 
 
