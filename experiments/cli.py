@@ -113,6 +113,7 @@ def train(
     set: Many[tuple[str, ...]] = (),
     mesh: str | None = None,
     remat: bool = False,
+    distributed: str | None = None,
     quiet: bool = False,
 ) -> None:
     """Train one trial and write its folder; run again to resume.
@@ -122,14 +123,16 @@ def train(
         model: Architecture by name.
         out: Folder of the trial.
         set: dotted.key=value of the configuration; repeat for several.
-        mesh: Devices that share the rows of a batch (data) and the parameters, too (fsdp), for example data=2,fsdp=4
-            (default: one device).
+        mesh: Devices that share the rows of a batch (data), the parameters, too (fsdp), the tokens of a row (context),
+            for example data=2,fsdp=4 (default: one device, or with --distributed data over all of them).
         remat: Keep less between the forward and the backward pass of a block and compute it again.
+        distributed: Be one of several processes that train the trial together: auto (under SLURM, Kubernetes, Open MPI,
+            on a TPU pod), or HOST:PORT,PROCESS/PROCESSES with the address of process 0, for example 10.0.0.1:8476,3/4.
         quiet: Plain lines instead of a progress bar.
     """
     from experiments.trial import train_command
 
-    train_command(data, model, set, out, mesh=mesh, remat=remat, quiet=quiet)
+    train_command(data, model, set, out, mesh=mesh, remat=remat, distributed=distributed, quiet=quiet)
 
 
 def plan(
@@ -143,11 +146,11 @@ def plan(
     task: Many[tuple[str, ...]] = (),
     set: Many[tuple[str, ...]] = (),
 ) -> None:
-    """Compile a training step for TPUs that are not here; print its memory, traffic and shortest time.
+    """Compile a training step for TPUs that are not here, or estimate it for GPUs: memory, traffic, shortest time.
 
     Args:
         what: A recipe or a model by name.
-        topology: Slice of TPU chips, for example v5e:2x2 or v5p:8x16x16.
+        topology: Slice of TPU chips, for example v5e:2x2 or v5p:8x16x16; or GPUs, for example h100:8 (an estimate).
         mesh: How its devices share the work, for example data=2,fsdp=2 (default: they share the rows).
         search: Compile several meshes and rank them.
         remat: As of genrec train.
@@ -166,7 +169,12 @@ def sweep(
     *,
     data: Path,
     budget: Literal["small", "medium", "large"] = "small",
-    workers: int = 1,
+    workers: int | None = None,
+    executor: Literal["local", "ray", "slurm"] = "local",
+    address: str | None = None,
+    cpus: int | None = None,
+    gpus: float | None = None,
+    slurm: Many[tuple[str, ...]] = (),
     pack: int = 1,
     out: Path | None = None,
     dry_run: bool = False,
@@ -178,15 +186,22 @@ def sweep(
         name: Study by name.
         data: Dataset folder, or the folder of a known raw dataset.
         budget: Size of the study.
-        workers: Processes at a time, each with a trial or a pack of them.
+        workers: Attempts at a time, each at a trial or a pack (default: 1; on a cluster as many as it takes).
+        executor: What runs the trials: processes of this machine, a Ray cluster, or SLURM (docs/scaling_out.md).
+        address: Address of the Ray cluster (default: the one of this machine).
+        cpus: CPUs of an attempt on a cluster (default: 1).
+        gpus: GPUs of an attempt on a cluster (default: 0); with Ray a fraction shares one.
+        slurm: KEY=VALUE for sbatch, for example partition=gpu or time=120 (minutes); repeat for several.
         pack: Trials that a process trains together, where they differ in seed, learning rates and the like alone.
         out: Folder of the study (default: runs/NAME-DATASET-BUDGET).
         dry_run: Print every trial with its FLOPs, memory and expected time, and run nothing.
         quiet: Plain lines instead of a live table.
     """
+    from experiments.executors import ExecutorConfig
     from experiments.run import run_named
 
-    sys.exit(run_named(name, data, budget, workers=workers, pack=pack, out=out, dry_run=dry_run, quiet=quiet))
+    where = ExecutorConfig(executor, workers, address, cpus, gpus, slurm)
+    sys.exit(run_named(name, data, budget, where=where, pack=pack, out=out, dry_run=dry_run, quiet=quiet))
 
 
 def fit(

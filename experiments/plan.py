@@ -1,4 +1,4 @@
-"""``genrec plan``: does a trial fit on TPUs that are not here, and how long does it take at least?"""
+"""``genrec plan``: does a trial fit on TPUs or GPUs that are not here, and how long does it take at least?"""
 
 import functools
 import math
@@ -14,7 +14,7 @@ from genrec_jax.config import Trial, default_trial, override
 from genrec_jax.data.schema import Schema
 from genrec_jax.distributed.collectives import KINDS
 from genrec_jax.distributed.mesh import parse_mesh
-from genrec_jax.distributed.plan import Plan, plan_step
+from genrec_jax.distributed.plan import Plan, estimated_step, plan_step
 from genrec_jax.distributed.topology import Topology, larger, parse_topology, prepare
 from genrec_jax.errors import UserError
 from genrec_jax.models import registry
@@ -36,17 +36,21 @@ def plan_command(
     """Prints the plan; the exit code is 1 where the trial does not fit."""
     where = parse_topology(topology)
     trial, schema, steps = _trial(what, items, tasks, settings)
-    prepare()
-    compiled = functools.partial(plan_step, trial, schema, steps=max(steps, 1), remat=remat)
+    if not where.chip.gpu:
+        prepare()
+    one = estimated_step if where.chip.gpu else plan_step
+    compiled = functools.partial(one, trial, schema, steps=max(steps, 1), remat=remat)
     if search:
         if mesh is not None:
             raise UserError("--search looks for a mesh, so it takes no --mesh")
-        heads = getattr(trial.model, "heads", 1)
+        heads = 1 if where.chip.gpu else getattr(trial.model, "heads", 1)
         return _search(compiled, where, meshes(where.devices, trial.train.batch_rows, heads))
     sizes = {"data": where.devices} if mesh is None else parse_mesh(mesh)
     console = Console(highlight=False)
     plan = compiled(where, sizes)
     console.print(_head(what, plan))
+    if where.chip.gpu:
+        console.print("estimated from the model's own accounts; nothing was compiled", style="dim")
     if plan.fits:
         console.print(_table(plan, steps))
         return 0

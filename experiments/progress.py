@@ -41,13 +41,14 @@ class Reporter:
     """Keeps the state of a launch; subclasses show it.
 
     total, earlier: trials of the study, and how many of them need no work. weight: cost of the trials to run, in any
-    unit; the same unit is given to :meth:`started`.
+    unit; the same unit is given to :meth:`started`. pending: how many wait for a machine.
     """
 
     def __init__(self, total: int, earlier: int, weight: float) -> None:
         self.total = total
         self.finished = earlier
         self.running: dict[str, Running] = {}
+        self.pending = 0
         self._weight = weight
         self._behind = 0.0
         self._began = time.monotonic()
@@ -111,6 +112,8 @@ class Lines(Reporter):
         self._last = now
         for one in self.running.values():
             self.show(f"      {one.name}: {', '.join(cell for cell in _cells(one, now) if cell)}")
+        if self.pending:
+            self.show(f"      {self.pending} wait for a machine")
 
 
 class LiveTable(Reporter):
@@ -142,7 +145,9 @@ class LiveTable(Reporter):
             table.add_row(Text(one.name), *_cells(one, now))
         left = self.seconds_left()
         eta = "" if left is None else f", {duration(left)} left"
-        return Group(table, Text(f"{self.finished}/{self.total} trials, {duration(now - self._began)} so far{eta}"))
+        pending = f", {self.pending} wait for a machine" if self.pending else ""
+        line = f"{self.finished}/{self.total} trials{pending}, {duration(now - self._began)} so far{eta}"
+        return Group(table, Text(line))
 
 
 def make_reporter(total: int, earlier: int, weight: float, *, quiet: bool) -> Reporter:

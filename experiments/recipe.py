@@ -39,6 +39,7 @@ def recipe_command(
 ) -> int:
     """Trains what is not trained yet, prints the tables, returns the exit code (1 if a trial failed for good)."""
     from experiments.dry_run import with_cost
+    from experiments.executors import ExecutorConfig, make_executor
     from experiments.launch import run_study
     from experiments.retrieval_page import print_tables
     from experiments.retrieval_runs import write_datasets
@@ -60,7 +61,7 @@ def recipe_command(
     planned = with_cost(planned, lambda trial: plan_account(trial).train_flops)
     out.mkdir(parents=True, exist_ok=True)
     write_datasets(out, sequences)
-    summary = run_study(planned, out, workers=workers, quiet=quiet)
+    summary = run_study(planned, out, executor=make_executor(ExecutorConfig(workers=workers)), quiet=quiet)
     print_tables(out)
     return 1 if summary.failed else 0
 

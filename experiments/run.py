@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import experiments
+from experiments.executors import ExecutorConfig, make_executor
 from experiments.folder import read_record
 from experiments.study import Budget, Study
 from genrec_jax.errors import UserError
@@ -22,7 +23,15 @@ def studies() -> dict[str, Study]:
 
 
 def run_named(
-    name: str, data: Path, budget: Budget, *, workers: int, pack: int, out: Path | None, dry_run: bool, quiet: bool
+    name: str,
+    data: Path,
+    budget: Budget,
+    *,
+    where: ExecutorConfig,
+    pack: int,
+    out: Path | None,
+    dry_run: bool,
+    quiet: bool,
 ) -> int:
     """Runs a study and writes its table and report; returns the exit code (1 if a trial failed for good)."""
     from experiments.dry_run import print_plan, with_cost
@@ -37,11 +46,12 @@ def run_named(
     if name not in known:
         raise UserError(f"unknown study {name!r}; there is: {', '.join(sorted(known))}")
     study = known[name]
+    executor = None if dry_run else make_executor(where)
     folder = load_any(data, quiet=quiet)
     planned = study.trials(str(folder), budget, digest_of(folder))
     target = out or Path("runs") / f"{name}-{data.resolve().name}-{budget}"
-    if dry_run:
-        print_plan(planned, estimate, workers=workers, out=target)
+    if executor is None:
+        print_plan(planned, estimate, workers=where.trials_at_once(len(planned)), out=target)
         return 0
     # The launcher touches no device: the workers need all of it.
     planned = with_cost(planned, lambda trial: plan_account(trial).train_flops)
@@ -49,7 +59,7 @@ def run_named(
     write_json(target / "study.json", {"title": study.title, "summary": study.doc, "metric": study.metric})
     write_references(planned, target)
     write_notes(folder, target)
-    summary = run_study(planned, target, workers=workers, quiet=quiet, pack=pack)
+    summary = run_study(planned, target, executor=executor, quiet=quiet, pack=pack)
     print(f"{summary.done} done, {summary.diverged} diverged, {len(summary.failed)} failed; table {summary.table}")
     if summary.done:
         write_report([target], target / "report.html")

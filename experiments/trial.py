@@ -9,7 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from experiments.folder import lock, read_record, read_result
+from experiments.folder import read_record, read_result
+from experiments.lease import hold
 from genrec_jax.config import Trial, default_trial, override, trial_from_json
 from genrec_jax.data.catalog import load_any
 from genrec_jax.data.sequences import digest_of
@@ -28,9 +29,17 @@ def parse_settings(settings: Sequence[str]) -> dict[str, str]:
 
 
 def train_command(
-    data: Path, model: str, settings: Sequence[str], out: Path, *, mesh: str | None, remat: bool, quiet: bool
+    data: Path,
+    model: str,
+    settings: Sequence[str],
+    out: Path,
+    *,
+    mesh: str | None,
+    remat: bool,
+    distributed: str | None,
+    quiet: bool,
 ) -> None:
-    """Trains (or resumes) the trial and prints its result."""
+    """Trains (or resumes) the trial and prints its result; of several processes one prints."""
     trial = override(default_trial(model), parse_settings(settings))
     folder = load_any(data, quiet=quiet)
     trial = override(trial, {"data.path": str(folder), "data.digest": digest_of(folder)})
@@ -40,17 +49,25 @@ def train_command(
         return
 
     from genrec_jax.distributed.mesh import make_mesh, parse_mesh
+    from genrec_jax.distributed.processes import join, leads, mesh_of_all, together
     from genrec_jax.train.cache import enable_compilation_cache
     from genrec_jax.train.loop import train
 
-    devices = None if mesh is None else make_mesh(parse_mesh(mesh))
+    sizes = None if mesh is None else parse_mesh(mesh)
+    if distributed is not None:
+        join(distributed)
+    devices = mesh_of_all(sizes) if distributed is not None else None if sizes is None else make_mesh(sizes)
     work = functools.partial(train, trial, out, mesh=devices, remat=remat)
     enable_compilation_cache()
+    if not leads():
+        with together():
+            work()
+        return
     out.mkdir(parents=True, exist_ok=True)
-    held = lock(out / "lock", wait=False)
+    held = hold(out / "lease", wait=False)
     if held is None:
         raise UserError(f"another process trains in {out}; let it finish or choose another --out")
-    with held, _saying_how_to_go_on():
+    with held, _saying_how_to_go_on(), together():
         if quiet:
             result = work(on_progress=lambda record: print(_line(record), flush=True))
         else:

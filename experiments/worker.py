@@ -10,52 +10,45 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any, Literal
+from typing import Any
 
-from experiments.folder import lock, read_result
+from experiments.executors import Ended, Progress, Task, Waiting
+from experiments.folder import read_result
+from experiments.lease import Hold, hold
 from genrec_jax.config import Trial
 from genrec_jax.errors import UserError
 from genrec_jax.train.cache import enable_compilation_cache
 
-Message = tuple[Literal["progress", "waiting", "error", "user_error"], Any]
+STOPPED = 128 + signal.SIGTERM
 # A trial of tiny steps reports thousands of times a second; a person reads a few.
 _SECONDS_BETWEEN_REPORTS = 0.1
 
 
-@dataclass(frozen=True)
-class Task:
-    """Trials with a folder each. trainer: "module:function", which trains them together. cpus: cores to use (empty:
-    all). environment: set before jax looks for devices."""
-
-    trials: tuple[Trial, ...]
-    folders: tuple[Path, ...]
-    trainer: str
-    cpus: tuple[int, ...]
-    environment: Mapping[str, str]
-
-
 def work(task: Task, channel: Connection) -> None:
-    """Trains (or resumes) the trials; exit code 0 with results on disk, 2 for a UserError, anything else is a crash."""
+    """Trains (or resumes) the trials.
+
+    Exit code 0 with results on disk, 2 for a UserError, 143 after SIGTERM; anything else is a crash.
+    """
     os.setsid()  # its own group: a terminal's Ctrl-C reaches the launcher alone, and the group can be ended whole
     threading.Thread(target=_end_with_launcher, daemon=True).start()
     signal.signal(signal.SIGTERM, _stop)
-    _write_to(task.folders[0] / "log.txt")
+    _write_to(task.folder / "log.txt")
     os.environ.update(task.environment)
     if task.cpus:
         os.sched_setaffinity(0, task.cpus)
     enable_compilation_cache()
     try:
+        os.chdir(task.cwd)
         _train(task, channel)
     except UserError as error:
-        channel.send(("user_error", str(error)))
+        channel.send(Ended(str(error), refused=True))
         sys.exit(2)
     except Exception as error:
         traceback.print_exc()
-        channel.send(("error", "".join(traceback.format_exception_only(error)).strip()))
+        channel.send(Ended("".join(traceback.format_exception_only(error)).strip()))
         sys.exit(1)
 
 
@@ -63,7 +56,7 @@ def _train(task: Task, channel: Connection) -> None:
     with contextlib.ExitStack() as held:
         for folder in sorted(task.folders):  # in one order, so that no two workers wait for each other
             held.enter_context(_held(folder, channel))
-        # Whoever held a lock may have finished its trial.
+        # Whoever had a lease may have finished its trial.
         todo = [(one, own) for one, own in zip(task.trials, task.folders) if read_result(own) is None]
         if not todo:
             return
@@ -73,12 +66,12 @@ def _train(task: Task, channel: Connection) -> None:
             raise RuntimeError("the trainer returned without writing a valid result.json")
 
 
-def _held(folder: Path, channel: Connection) -> IO[bytes]:
-    """The lock on a trial's folder."""
-    held = lock(folder / "lock", wait=False)
+def _held(folder: Path, channel: Connection) -> Hold:
+    """The lease of a trial's folder."""
+    held = hold(folder / "lease", wait=False)
     if held is None:
-        channel.send(("waiting", folder.name))
-        held = lock(folder / "lock", wait=True)
+        channel.send(Waiting())
+        held = hold(folder / "lease", wait=True)
     assert held is not None
     return held
 
@@ -101,7 +94,7 @@ class _Reports:
         now, name = time.monotonic(), trial.hash
         last = self._sent.get(name, -float("inf"))
         if now - last >= _SECONDS_BETWEEN_REPORTS or record["step"] == record["steps"]:
-            self._channel.send(("progress", (name, dict(record))))
+            self._channel.send(Progress(name, dict(record)))
             self._sent[name] = now
 
 
@@ -115,7 +108,7 @@ def _end_with_launcher() -> None:
 
 def _stop(_signal: int, _frame: FrameType | None) -> None:
     """Unwinds the trainer, so that a checkpoint on its way to disk gets there."""
-    sys.exit(143)
+    sys.exit(STOPPED)
 
 
 def _write_to(path: Path) -> None:

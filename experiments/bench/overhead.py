@@ -4,6 +4,7 @@ import json
 import tempfile
 from pathlib import Path
 
+from experiments.executors.local import LocalExecutor
 from experiments.launch import run_study
 from experiments.study import Study
 from experiments.sweep import model, param
@@ -32,7 +33,7 @@ def run() -> dict[str, float]:
         sequences = generate(preset("quick"), Path(scratch) / "world", floor_requests=0)
         for name, seeds in (("warming", [_TRIALS]), ("measured", list(range(_TRIALS)))):
             out = Path(scratch) / name
-            run_study(_study(seeds).trials(str(sequences.path), "small"), out, workers=1, quiet=True)
+            run_study(_study(seeds).trials(str(sequences.path), "small"), out, executor=LocalExecutor(1), quiet=True)
         record = json.loads((out / "launch.json").read_text(encoding="utf-8"))
     wall, training = record["wall_seconds"], record["train_seconds"]
     return {"wall_seconds": wall, "train_seconds": training, "overhead": (wall - training) / training}

@@ -1,4 +1,4 @@
-"""Trials of the smallest rung of a ladder, differing in seed and learning rate: one after another, and as one pack.
+"""Trials of the smallest rung of a ladder, differing in seed and weight decay: one after another, and as one pack.
 
 Both are sweeps with one worker and a warm compilation cache; they take turns, so that a busy machine slows them alike.
 """
@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.executors.local import LocalExecutor
 from experiments.ladders import BASE, rungs
 from experiments.launch import run_study
 from experiments.study import Study
@@ -29,7 +30,7 @@ def _study(family: str, first_seed: int) -> Study:
 
 def _sweep(study: Study, dataset: Dataset, out: Path, pack: int) -> dict[str, float]:
     """Seconds of a sweep, and those of its training loops."""
-    run_study(study.trials(str(dataset.path), "small"), out, workers=1, quiet=True, pack=pack)
+    run_study(study.trials(str(dataset.path), "small"), out, executor=LocalExecutor(1), quiet=True, pack=pack)
     record = json.loads((out / "launch.json").read_text(encoding="utf-8"))
     return {"wall": record["wall_seconds"], "training": record["train_seconds"]}
 

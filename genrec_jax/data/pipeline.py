@@ -41,8 +41,17 @@ class TrainStream:
     passes: what each of them holds.
     """
 
-    def __init__(self, sequences: Sequences, config: DataConfig, kind: Rows, batch_rows: int, seed: int):
-        """Cuts and packs the rows. ``kind`` "users" splits by last events, the others by time.
+    def __init__(
+        self,
+        sequences: Sequences,
+        config: DataConfig,
+        kind: Rows,
+        batch_rows: int,
+        seed: int,
+        share: slice | None = None,
+    ):
+        """Cuts and packs the rows. ``kind`` "users" splits by last events, the others by time. ``share``: which rows of
+        a batch are delivered, for a process that works on these alone; None for all.
 
         Raises UserError naming the dataset if a part is empty or no training row is left.
         """
@@ -57,7 +66,7 @@ class TrainStream:
         self.passes = Passes(kind, table, config, batch_rows, seed)
         batches = max(1, min(_CHUNK_ROWS, _CHUNK_EVENTS // config.history) // batch_rows)
         assembler = Assembler(sequences, table, config.shape, self.passes.thinning)
-        self._make = _ChunkAt(assembler, self.passes, batch_rows, batches)
+        self._make = _ChunkAt(assembler, self.passes, batch_rows, batches, share or slice(0, batch_rows))
         self._workers = config.workers
         self._identity: dict[str, int | float | str] = {
             "rows": int(self.passes[0].tally.rows),
@@ -128,7 +137,7 @@ class TrainStream:
 
 @dataclasses.dataclass(frozen=True)
 class _ChunkAt:
-    """Chunk number i of a stream: ``batches`` consecutive batches, gathered at once.
+    """Chunk number i of a stream: the ``share`` of ``batches`` consecutive batches, gathered at once.
 
     One gather over several hundred rows costs little more than one over a few dozen: the calls cost, not the bytes.
     A chunk travels whole: a worker process hands over every array under a file descriptor of its own.
@@ -138,17 +147,29 @@ class _ChunkAt:
     passes: Passes
     batch_rows: int
     batches: int
+    share: slice
 
     def __call__(self, index: int) -> Batch:
         rows = self.batches * self.batch_rows
         position = int(index) * rows + np.arange(rows)
-        parts = [self.assemble(plan, epoch) for epoch, plan in self.passes.at(position)]
+        parts, at = [], 0
+        for epoch, plan in self.passes.at(position):
+            own = plan[self._shared(np.arange(at, at + len(plan)))]
+            at += len(plan)
+            if len(own):
+                parts.append(self.assemble(own, epoch))
         return parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: np.concatenate(x), *parts)
+
+    def _shared(self, row: np.ndarray) -> np.ndarray:
+        """Which rows of a chunk are in the share: bool, as ``row``."""
+        inside = row % self.batch_rows
+        return (self.share.start <= inside) & (inside < self.share.stop)
 
     def split(self, chunk: Batch) -> list[Batch]:
         """The chunk's batches, in order, as views."""
-        starts = range(0, self.batches * self.batch_rows, self.batch_rows)
-        return [jax.tree.map(lambda x, at=at: x[at : at + self.batch_rows], chunk) for at in starts]
+        rows = self.share.stop - self.share.start
+        starts = range(0, self.batches * rows, rows)
+        return [jax.tree.map(lambda x, at=at: x[at : at + rows], chunk) for at in starts]
 
 
 def _prefetched(make: _ChunkAt, start: int, workers: int) -> Any:

@@ -42,7 +42,8 @@ def collectives(text: str, devices: int) -> tuple[Collective, ...]:
             sizes = sizes[len(sizes) // 2 :] if kind == "all-gather" else sizes[1:2]  # operands come first
         group = _group(line, devices)
         if group > 1 or kind == "collective-permute":
-            found.append(_collective(kind, group, sum(sizes)))
+            payload = sum(sizes) * (group if kind == "reduce-scatter" else 1)
+            found.append(ring(kind, group, payload))
     return tuple(found)
 
 
@@ -62,9 +63,8 @@ def _group(line: str, devices: int) -> int:
     return len(listed[1].split(",")) if listed and listed[1] else devices
 
 
-def _collective(kind: str, group: int, result: float) -> Collective:
+def ring(kind: str, group: int, payload: float) -> Collective:
+    """A collective of ``group`` devices in a ring."""
     others = (group - 1) / group
-    if kind == "reduce-scatter":
-        return Collective(kind, group, result * group, result * (group - 1))
-    sent = {"all-gather": others, "all-reduce": 2 * others, "all-to-all": others, "collective-permute": 1.0}[kind]
-    return Collective(kind, group, result, result * sent)
+    sent = {"all-reduce": 2 * others, "collective-permute": 1.0}.get(kind, others)
+    return Collective(kind, group, payload, payload * sent)

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from genrec_jax.distributed.context import ALONE, Context
 from genrec_jax.errors import UserError
@@ -39,12 +39,12 @@ def make_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Me
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds, devices=devices[:needed])
 
 
-def shares(mesh: Mesh | None) -> int:
+def shares(mesh: Mesh | AbstractMesh | None) -> int:
     """How many equal parts the rows of a batch are divided into."""
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in row_axes(mesh))
 
 
-def row_axes(mesh: Mesh) -> tuple[str, ...]:
+def row_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     """The axes that divide the rows of a batch."""
     return tuple(axis for axis in mesh.axis_names if axis != "context")
 
@@ -60,7 +60,7 @@ def context_of(mesh: Mesh | None) -> Context:
     return Context("context", size) if size > 1 else ALONE
 
 
-def share_of(mesh: Mesh, shape: tuple[int, ...]) -> PartitionSpec:
+def share_of(mesh: Mesh | AbstractMesh, shape: tuple[int, ...]) -> PartitionSpec:
     """How fsdp divides a parameter of a ``shape``: along its longest axis of those that it divides evenly, if any."""
     size = mesh.shape.get("fsdp", 1)
     even = [axis for axis, length in enumerate(shape) if length % size == 0]
@@ -70,7 +70,7 @@ def share_of(mesh: Mesh, shape: tuple[int, ...]) -> PartitionSpec:
     return PartitionSpec(*(None,) * longest, "fsdp")
 
 
-def placed(mesh: Mesh, state: Any) -> Any:
+def placed(mesh: Mesh | AbstractMesh, state: Any) -> Any:
     """The sharding of every array of a trial's state."""
     return jax.tree.map(lambda x: NamedSharding(mesh, share_of(mesh, x.shape)), state)
 

@@ -1,4 +1,5 @@
-"""What a training step takes on a TPU that is not here: the step itself, compiled for it by the TPU's own compiler."""
+"""What a training step takes on devices that are not here: on a TPU the step itself, compiled by its own compiler; on
+GPUs, whose compiler needs one, an estimate from the accounts that the models state."""
 
 import dataclasses
 import math
@@ -7,12 +8,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from genrec_jax.config import Trial
 from genrec_jax.data.schema import Schema
-from genrec_jax.distributed.collectives import Collective, collectives
-from genrec_jax.distributed.mesh import context_of, make_mesh, placed, rows_of
+from genrec_jax.distributed.collectives import Collective, collectives, ring
+from genrec_jax.distributed.mesh import context_of, make_mesh, placed, rows_of, share_of, shares
 from genrec_jax.distributed.topology import Topology
 from genrec_jax.errors import UserError
 from genrec_jax.nn.stack import over_context, rematerialised
@@ -67,7 +68,7 @@ class Plan:
         return {
             "products": self.flops / (chip.flops / share),
             "HBM": self.traffic / (chip.bandwidth / share),
-            "links": self.sent / (chip.links / share),
+            "links": self.sent / (self.topology.links / share),
         }
 
     @property
@@ -91,8 +92,7 @@ def plan_step(
     """
     from jax.experimental import topologies
 
-    if math.prod(sizes.values()) != topology.devices:
-        raise UserError(f"the mesh has {math.prod(sizes.values())} devices, {topology.name} has {topology.devices}")
+    _check_devices(sizes, topology)
     found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name)
     with compiling_for("tpu"):
         return plan_on(make_mesh(sizes, found.devices), trial, schema, topology, steps, remat)
@@ -101,8 +101,9 @@ def plan_step(
 def plan_on(mesh: Mesh, trial: Trial, schema: Schema, topology: Topology, steps: int, remat: bool = False) -> Plan:
     """As :func:`plan_step`, for the devices of a mesh."""
     pieces = pieces_here(trial.train, mesh)
-    uniform = Popularity(np.ones(schema.items, np.int64))  # a retriever's loss may need one; its numbers do not matter
-    model = abstract_model(trial, schema, uniform if trial.model.goal == "retrieval" else None)
+    # A retriever's loss may need to know how popular items are; the numbers do not matter.
+    popularity = Popularity(np.ones(schema.items, np.int64)) if trial.model.goal == "retrieval" else None
+    model = abstract_model(trial, schema, popularity)
     model = over_context(rematerialised(model) if remat else model, context_of(mesh))
     optimizer, rule = make_optimizer(trial.train, steps), make_row_rule(trial.train, steps)
     state = jax.eval_shape(lambda: init_state(init_params(trial, schema), optimizer, trial.seed, rule))
@@ -128,6 +129,65 @@ def plan_on(mesh: Mesh, trial: Trial, schema: Schema, topology: Topology, steps:
         traffic=counted.get("bytes accessed", 0.0),
         collectives=collectives(compiled.as_text(), mesh.size),
     )
+
+
+def estimated_step(
+    trial: Trial, schema: Schema, topology: Topology, sizes: dict[str, int], steps: int, remat: bool = False
+) -> Plan:
+    """As :func:`plan_step`, for GPUs: nothing is compiled.
+
+    The state is exact. Beside it a device holds the activations of its rows, as the blocks state them, the gradient,
+    and with fsdp the whole parameters. Traffic: activations and the state written once and read once, parameters read
+    in either pass. Collectives: the hand count of docs/scaling_out.md. Raises UserError for what the
+    accounts do not know: a context, rematerialisation.
+    """
+    _check_devices(sizes, topology)
+    if remat or "context" in sizes:
+        raise UserError(f"a plan for {topology.name} is an estimate that knows no --remat and no context")
+    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    if trial.train.batch_rows % shares(mesh):
+        raise UserError(f"train.batch_rows ({trial.train.batch_rows}) must be a multiple of {shares(mesh)}")
+    optimizer, rule = make_optimizer(trial.train, steps), make_row_rule(trial.train, steps)
+    state = jax.eval_shape(lambda: init_state(init_params(trial, schema), optimizer, trial.seed, rule))
+    held = _held(jax.tree.map(_on, state, placed(mesh, state)))
+    rows, row = trial.train.batch_rows // mesh.size, abstract_model(trial, schema).cost(trial.data.shape)
+    divided, whole = _gathered(mesh, state.params, at_hand=None if rule is None else row.embedding_reads * rows)
+    fsdp, activations = sizes.get("fsdp", 1), row.activation_bytes * rows
+    gradients = divided + whole + (divided if fsdp > 1 else 0.0)
+    found = [("all-gather", fsdp, divided), ("reduce-scatter", fsdp, divided)] if fsdp > 1 else []
+    found += [("all-reduce", mesh.size, whole)]
+    if mesh.size > fsdp:
+        found += [("all-reduce", mesh.size // fsdp, divided / fsdp)]
+    return Plan(
+        topology,
+        sizes,
+        held,
+        batch=sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(abstract_batch(trial, schema)))
+        / mesh.size,
+        temporaries=activations + gradients,
+        flops=3.0 * row.flops * rows,
+        traffic=2.0 * activations + 2.0 * sum(held.values()) + 2.0 * (divided + whole) + gradients,
+        collectives=tuple(ring(kind, size, payload) for kind, size, payload in found if size > 1),
+    )
+
+
+def _gathered(mesh: AbstractMesh, params: Any, at_hand: float | None) -> tuple[float, float]:
+    """Bytes, in float32, of parameters in arrays that fsdp divides, and of the others; of tables with a row-wise rule
+    the entries ``at_hand`` count among the others."""
+    divided, whole = 0.0, 4.0 * (at_hand or 0.0) * mesh.size
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        if at_hand is not None and is_table(path):
+            continue
+        if "fsdp" in share_of(mesh, x.shape):
+            divided += 4.0 * math.prod(x.shape)
+        else:
+            whole += 4.0 * math.prod(x.shape)
+    return divided, whole
+
+
+def _check_devices(sizes: dict[str, int], topology: Topology) -> None:
+    if math.prod(sizes.values()) != topology.devices:
+        raise UserError(f"the mesh has {math.prod(sizes.values())} devices, {topology.name} has {topology.devices}")
 
 
 def _on(x: Any, sharding: NamedSharding) -> Any:

@@ -1,4 +1,4 @@
-"""TPU slices by name, what their chips can do, and the compiler that compiles for them without one."""
+"""TPU slices and GPU nodes by name, what their chips can do, and the compiler that compiles for TPUs without one."""
 
 import dataclasses
 import math
@@ -23,10 +23,11 @@ ENVIRONMENT = {
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One chip, by the vendor's data sheet (Cloud TPU documentation).
+    """One chip, by the vendor's data sheet (Cloud TPU documentation; NVIDIA, SXM boards, products without sparsity).
 
-    flops: bfloat16, a second. memory: bytes of HBM. bandwidth, links: bytes a second of HBM, and of all links to other
-    chips together. devices: what jax calls so, on one chip. shapes: its slices, small to large.
+    flops: bfloat16, a second. memory: bytes of HBM. bandwidth, links: bytes a second of HBM, and sent on all links to
+    other chips together. devices: what jax calls so, on one chip. shapes: its slices, small to large.
+    gpu: nodes of eight, between which each chip sends 50 GB/s (a 400 Gb/s adapter).
     """
 
     flops: float
@@ -35,21 +36,28 @@ class Chip:
     links: float
     devices: int
     shapes: tuple[str, ...]
+    gpu: bool = False
 
 
 _PLANE = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _SPACE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
+_COUNT = ("1", "2", "4", "8", "16", "32", "64", "128", "256", "512", "1024")
 CHIPS = {
     "v5e": Chip(197e12, 16 * 2**30, 819e9, 200e9, 1, _PLANE),
     "v6e": Chip(918e12, 32 * 2**30, 1640e9, 448e9, 1, _PLANE),
     "v5p": Chip(459e12, 95 * 2**30, 2765e9, 600e9, 1, _SPACE),
     "tpu7x": Chip(2307e12, 192 * 2**30, 7380e9, 1200e9, 2, _SPACE),
+    "a100": Chip(312e12, 80e9, 2039e9, 300e9, 1, _COUNT, gpu=True),
+    "h100": Chip(989e12, 80e9, 3350e9, 450e9, 1, _COUNT, gpu=True),
+    "h200": Chip(989e12, 141e9, 4800e9, 450e9, 1, _COUNT, gpu=True),
+    "b200": Chip(2250e12, 180e9, 7700e9, 900e9, 1, _COUNT, gpu=True),
 }
+_NODE, _ADAPTER = 8, 50e9
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A slice of TPU chips: ``v5e:16x16``."""
+    """A slice of TPU chips, ``v5e:16x16``, or a number of GPUs, ``h100:8``."""
 
     name: str
     chip: Chip
@@ -58,6 +66,11 @@ class Topology:
     @property
     def devices(self) -> int:
         return self.chips * self.chip.devices
+
+    @property
+    def links(self) -> float:
+        """Bytes a second that a chip sends to all others; between nodes of GPUs an adapter bounds it."""
+        return _ADAPTER if self.chip.gpu and self.chips > _NODE else self.chip.links
 
 
 def parse_topology(text: str) -> Topology:

@@ -1,46 +1,112 @@
 """Orbax behind three functions: the state of a trial together with the position of its input stream."""
 
+import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from genrec_jax.errors import UserError
+from genrec_jax.train.record import write_json
 from genrec_jax.train.step import State
+
+_log = logging.getLogger(__name__)
+_SIZES = "sizes.json"
+_KEPT = 2  # newest checkpoints: the newest may turn out to be damaged
 
 
 class Checkpoints:
-    """Keeps the newest complete checkpoint of a trial, and the one with the largest score (the latest of equals).
+    """Keeps the two newest checkpoints of a trial, and the one with the largest score (the latest of equals).
 
-    An interrupted save is ignored on the next start.
+    They are written while training goes on. One that was interrupted is ignored on the next start; in place of one that
+    cannot be read, or holds other numbers than were saved, the one before it is used, with a warning.
     """
 
     def __init__(self, folder: Path):
         keep: Any = ocp.checkpoint_managers
-        policy = keep.AnyPreservationPolicy([keep.LatestN(1), keep.BestN(get_metric_fn=_score, n=1)])
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy, best_fn=_score, enable_async_checkpointing=False
-        )
+        policy = keep.AnyPreservationPolicy([keep.LatestN(_KEPT), keep.BestN(get_metric_fn=_score, n=1)])
+        self._folder = folder
+        options = ocp.CheckpointManagerOptions(preservation_policy=policy, best_fn=_score)
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def save(self, step: int, state: State, record: dict[str, Any], score: float = -math.inf) -> None:
-        """``record``: JSON-able companions (input position, seconds spent)."""
-        args = ocp.args.Composite(state=ocp.args.StandardSave(_tree(state)), record=ocp.args.JsonSave(record))
+        """``record``: JSON-able companions (input position, seconds spent). Returns before it is on the disk, but the
+        state may be given away."""
+        self._finish()
+        kept = {"record": record, "sums": _sums(state)}
+        args = ocp.args.Composite(state=ocp.args.StandardSave(_tree(state)), record=ocp.args.JsonSave(kept))
         self._manager.save(step, args=args, metrics={"score": score})
 
     def restore(self, like: State, *, best: bool = False) -> tuple[int, State, dict[str, Any]] | None:
-        """(step, state, record) of the newest or the best checkpoint, or None. ``like`` gives shapes and types."""
-        step = self._manager.best_step() if best else self._manager.latest_step()
-        if step is None:
-            return None
+        """(step, state, record) of the newest checkpoint that can be read, or of the best; None if there is none.
+
+        ``like`` gives shapes, types and where on the devices the arrays go. Raises UserError if there are checkpoints
+        and none of them can be read, or not the best.
+        """
+        self._manager.wait_until_finished()
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        if best:
+            steps = [step for step in steps if step == self._manager.best_step()]
+        for step in steps:
+            try:
+                return step, *self._read(step, like)
+            except Exception as error:  # whatever a reader of damaged files may raise
+                reason = str(error).strip().partition("\n")[0][:200]
+                if step == steps[-1]:
+                    raise UserError(f"{self._folder}: checkpoint {step} cannot be read: {reason}") from error
+                _log.warning(
+                    "%s: checkpoint %d cannot be read, the one before it is used: %s", self._folder, step, reason
+                )
+        return None
+
+    def drop_after(self, step: int) -> None:
+        """Removes later checkpoints, for a run that goes on from an earlier one."""
+        for later in self._manager.all_steps():
+            if later > step:
+                self._manager.delete(later)
+
+    def _finish(self) -> None:
+        """Waits until what was saved is on the disk, and writes down which files these are: of one that is cut short
+        Orbax would complain from many threads at once."""
+        self._manager.wait_until_finished()
+        if jax.process_index():
+            return
+        known = _noted(self._folder)
+        here = [path for path in self._folder.iterdir() if path.name.isdigit()]
+        found = {path.name: known.get(path.name) or _sizes(path) for path in here}
+        if found != known:
+            write_json(self._folder / _SIZES, found)
+
+    def _read(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
+        noted, here = _noted(self._folder).get(str(step), {}), _sizes(self._folder / str(step))
+        for file, size in noted.items():
+            if here.get(file) != size:
+                raise ValueError(f"{file} has {here.get(file, 'no')} bytes, not {size}")
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _tree(like))
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), record=ocp.args.JsonRestore())
         restored = self._manager.restore(step, args=args)
-        return step, State(**restored["state"]), dict(restored["record"])
+        state, kept = State(**restored["state"]), restored["record"]
+        if _sums(state) != kept["sums"]:
+            raise ValueError("it holds other numbers than were saved")
+        return state, dict(kept["record"])
 
     def close(self) -> None:
+        self._finish()
         self._manager.close()
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+
+
+def _noted(folder: Path) -> dict[str, dict[str, int]]:
+    """The sizes of files by checkpoint, as noted; a kill may have come before that."""
+    path = folder / _SIZES
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _score(metrics: dict[str, float]) -> float:
@@ -49,3 +115,17 @@ def _score(metrics: dict[str, float]) -> float:
 
 def _tree(state: State) -> dict[str, Any]:
     return {"params": state.params, "opt": state.opt, "step": state.step, "key": state.key}
+
+
+def _sums(state: State) -> list[int]:
+    """Of each array, its bits added up as integers: the same however the array is divided over devices."""
+    return [int(x) for x in _bit_sums(jax.tree.leaves(state))]
+
+
+@jax.jit
+def _bit_sums(arrays: list[jax.Array]) -> list[jax.Array]:
+    def total(x: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
+        return jnp.sum(bits, dtype=jnp.uint32)
+
+    return [total(x) for x in arrays]

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from genrec_jax import metrics
 from genrec_jax.batch import Batch
@@ -16,6 +16,7 @@ from genrec_jax.data.pipeline import EvaluationBatches, evaluation_batches
 from genrec_jax.data.sequences import Sequences
 from genrec_jax.data.splits import Part
 from genrec_jax.distributed.mesh import gathered, rows_of, share_of, shares
+from genrec_jax.distributed.processes import on_devices, share_of_rows
 from genrec_jax.models.base import Ranker, Retriever
 from genrec_jax.models.registry import Model
 from genrec_jax.train.step import bind, pieces_here
@@ -30,15 +31,13 @@ class Evaluator:
         self._trial = trial
         self._sequences = sequences
         self._model = model
-        self._mesh = mesh
         self._scorer = make_scorer(model, mesh)
+        self._rows = trial.train.batch_rows // pieces_here(trial.train, mesh) * shares(mesh)
         self._batches = functools.cache(self._cut)
 
     def _cut(self, part: Part) -> EvaluationBatches:
-        trial = self._trial
         # As in training, the parts of a batch are worked on one after another.
-        rows = trial.train.batch_rows // pieces_here(trial.train, self._mesh) * shares(self._mesh)
-        return evaluation_batches(self._sequences, trial.data, trial.model.goal, part, rows)
+        return evaluation_batches(self._sequences, self._trial.data, self._trial.model.goal, part, self._rows)
 
     def fingerprint(self, part: Part) -> str:
         """Which impressions the part holds; see :func:`evaluation_fingerprint`."""
@@ -64,7 +63,7 @@ class Evaluator:
 def make_scorer(model: Model, mesh: Mesh | None = None) -> Callable[[Any, Batch], jax.Array]:
     """The jitted (params, batch) -> logits [B, C, A] of a ranker, or target ranks [B, S] (1 = best) of a retriever.
 
-    The devices of a ``mesh`` share the rows.
+    The devices of a ``mesh`` share the rows; every process is given the whole batch and gets all of its scores.
     """
 
     def score(params: Any, batch: Batch) -> jax.Array:
@@ -78,9 +77,16 @@ def make_scorer(model: Model, mesh: Mesh | None = None) -> Callable[[Any, Batch]
         specs, rows = jax.tree.map(lambda x: share_of(mesh, x.shape), params), rows_of(mesh)
         on_mesh = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
         local = on_mesh(lambda p, b: score(gathered(p, specs), b), in_specs=(specs, rows), out_specs=rows)
-        return local(params, batch)
+        return jax.lax.with_sharding_constraint(local(params, batch), NamedSharding(mesh, PartitionSpec()))
 
-    return jax.jit(score_on)
+    scorer = jax.jit(score_on)
+
+    def scored_on(params: Any, batch: Batch) -> jax.Array:
+        rows = len(batch.user)
+        share = share_of_rows(mesh, rows)
+        return scorer(params, on_devices(mesh, jax.tree.map(lambda x: x[share], batch), rows))
+
+    return scored_on
 
 
 def _ranks(model: Model, batch: Batch) -> jax.Array:

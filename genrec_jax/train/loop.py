@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import threading
 import time
@@ -13,14 +14,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from genrec_jax.batch import Batch
 from genrec_jax.config import Trial, trial_from_json
 from genrec_jax.data.pipeline import TrainStream
 from genrec_jax.data.sequences import Sequences, digest_of, load
 from genrec_jax.data.splits import Part
-from genrec_jax.distributed.mesh import context_of, placed, rows_of
+from genrec_jax.distributed.mesh import context_of
+from genrec_jax.distributed.processes import on_devices, records_of, share_of_rows, told_by_all
 from genrec_jax.errors import UserError
 from genrec_jax.models.registry import Model
 from genrec_jax.nn.stack import over_context, rematerialised
@@ -33,7 +35,7 @@ from genrec_jax.train.member import Member
 from genrec_jax.train.optimizer import make_optimizer, make_row_rule, scalars
 from genrec_jax.train.pack import check_pack
 from genrec_jax.train.record import versions, write_json
-from genrec_jax.train.step import State, init_state, pack_step, pieces_here, trial_step
+from genrec_jax.train.step import State, init_state, pack_step, pieces_here, placed_state, trial_step
 from genrec_jax.train.stopping import Stopped, asked_to_stop
 
 FLOPS_FORMULA = "analytic per block; multiply-add 2; causal half; lookups 0; training 3 x forward; padding counted"
@@ -86,10 +88,11 @@ def train_pack(
     # What cannot be trained, or divided so, is refused before anything is written.
     over_context(abstract_model(trial, sequences.schema), context_of(mesh))
     pieces_here(trial.train, mesh)
+    share = share_of_rows(mesh, trial.train.batch_rows)
     streams = [
-        TrainStream(sequences, one.data, one.model.rows, one.train.batch_rows, seed=one.seed)
+        TrainStream(sequences, one.data, one.model.rows, one.train.batch_rows, seed=one.seed, share=share)
         for one in trials
-    ]  # fmt: skip
+    ]
     # Only a retriever's loss asks how often an item is a target, and a ranker's rows may hold an event many times.
     popularity = Popularity(streams[0].target_counts()) if trial.model.goal == "retrieval" else None
     model = abstract_model(trial, sequences.schema, popularity)
@@ -98,8 +101,9 @@ def train_pack(
         members = []
         for one, run_dir, stream in zip(trials, run_dirs, streams, strict=True):
             run_dir.mkdir(parents=True, exist_ok=True)
-            write_json(run_dir / "config.json", one.to_json())
-            members.append(Member(one, run_dir, stream, account(one, model, stream)))
+            records = opened.enter_context(records_of(run_dir))
+            write_json(records / "config.json", one.to_json())
+            members.append(Member(one, run_dir, records, stream, account(one, model, stream)))
             opened.callback(members[-1].close)
         return _Pack(members, sequences, model, mesh, on_progress, started).run()
 
@@ -187,10 +191,11 @@ class _Pack:
         first = self._members[0].trial
         init = make_init(first, self._sequences.schema)
         optimizer, tables = make_optimizer(self._train, self._last), make_row_rule(self._train, self._last)
-        seeds = [member.trial.seed for member in self._members]
-        states = [init_state(init(seed), optimizer, seed, tables) for seed in seeds]
-        mesh = self._mesh
-        return states if mesh is None else [jax.device_put(state, placed(mesh, state)) for state in states]
+
+        def begun(seed: int) -> State:
+            return init_state(init(seed), optimizer, seed, tables)
+
+        return [placed_state(functools.partial(begun, member.trial.seed), self._mesh) for member in self._members]
 
     def _steps(self, asked: threading.Event) -> None:
         train = self._train
@@ -205,9 +210,12 @@ class _Pack:
             if step % train.log_every == 0 or last:
                 self._log(step, since, at_work, metrics)
                 since, at_work = step, self._at_work(step)
-            waited = time.perf_counter() - saved >= train.checkpoint_seconds
-            stopping = asked.is_set()
-            checkpoint_due = last or stopping or (step % train.checkpoint_every == 0 and waited)
+            due = step % train.checkpoint_every == 0
+            stopping, waited = asked.is_set(), time.perf_counter() - saved >= train.checkpoint_seconds
+            if jax.process_count() > 1:  # they agree where they wait for one another anyway
+                told = told_by_all([stopping, waited]) if due or step % train.log_every == 0 else np.zeros((1, 2), bool)
+                stopping, waited = bool(told[:, 0].any()), bool(told[0, 1])
+            checkpoint_due = last or stopping or (due and waited)
             validation_due = self._validation_due(step)
             if at_work and (checkpoint_due or validation_due):
                 jax.block_until_ready(self._states)
@@ -236,7 +244,7 @@ class _Pack:
         some = self._batches[at_work[0]]
         batch = self._together([some if own is None else own for own in self._batches])
         if self._mesh is not None:
-            batch = jax.device_put(batch, NamedSharding(self._mesh, rows_of(self._mesh)))
+            batch = on_devices(self._mesh, batch, self._train.batch_rows)
         arguments: tuple[Any, ...] = (self._states, batch, self._scalars)
         if not self._alone:
             taking = np.zeros(len(self._members), bool)
@@ -312,7 +320,7 @@ class _Pack:
             "finished": datetime.now(UTC).date().isoformat(),
             **versions(),
         }
-        write_json(member.run_dir / "result.json", result)
+        write_json(member.records / "result.json", result)
         self._results[place] = result
 
     def _wall_seconds(self, member: Member) -> float:

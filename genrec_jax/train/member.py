@@ -29,9 +29,10 @@ class Member:
     train_seconds, compile_seconds, earlier_wall_seconds (of the runs before this one): its share of the pack's.
     """
 
-    def __init__(self, trial: Trial, run_dir: Path, stream: TrainStream, counts: Account):
+    def __init__(self, trial: Trial, run_dir: Path, records: Path, stream: TrainStream, counts: Account):
+        """``records``: where this process writes all but checkpoints; see `genrec_jax.distributed.processes`."""
         self.trial = trial
-        self.run_dir = run_dir
+        self.records = records
         self.stream = stream
         self.counts = counts
         self.first = self.steps = self.tested_step = 0
@@ -41,7 +42,7 @@ class Member:
         self.train_seconds = self.compile_seconds = self.earlier_wall_seconds = 0.0
         self._first_loss: float | None = None
         self._rate = schedule(trial.train.learning_rate, counts.steps, trial.train.warmup, trial.train.decay)
-        self._board = TensorBoard(run_dir / "tensorboard")
+        self._board = TensorBoard(records / "tensorboard")
         self._checkpoints = Checkpoints(run_dir / "checkpoints")
         self._log: MetricsLog | None = None
 
@@ -62,7 +63,8 @@ class Member:
             self.train_seconds = record["train_seconds"]
             self.earlier_wall_seconds = record["wall_seconds"]
             self._first_loss = record["first_loss"]
-        self._log = MetricsLog(self.run_dir / "metrics.jsonl", self.first)
+            self._checkpoints.drop_after(self.first)
+        self._log = MetricsLog(self.records / "metrics.jsonl", self.first)
         self._board.start(self.first)
         self._board.hparams(flat(self.trial.to_json()))
         for line in self._log.kept:

@@ -46,6 +46,13 @@ def init_state(params: Any, optimizer: optax.GradientTransformation, seed: int, 
     return State(params, opt, jnp.zeros((), jnp.int32), jax.random.key_data(jax.random.key(seed)))
 
 
+def placed_state(make: Callable[[], State], mesh: Mesh | None) -> State:
+    """The state that ``make`` makes; on a mesh each device makes its own share, so that it is nowhere whole."""
+    if mesh is None:
+        return make()
+    return jax.jit(make, out_shardings=placed(mesh, jax.eval_shape(make)))()
+
+
 def bind[M: Model](model: M, params: Any) -> M:
     """The model (abstract or not) with ``params`` in place of its own, without touching the original."""
     state: Any = nnx.split(model, nnx.Param, ...)

@@ -15,7 +15,7 @@ from genrec_jax.data.schema import Schema
 from genrec_jax.data.sequences import Sequences
 from genrec_jax.distributed.collectives import KINDS
 from genrec_jax.distributed.mesh import make_mesh, parse_mesh, placed, share_of
-from genrec_jax.distributed.plan import plan_on
+from genrec_jax.distributed.plan import estimated_step, plan_on
 from genrec_jax.distributed.topology import parse_topology
 from genrec_jax.retrieval_loss import Popularity
 from genrec_jax.train.estimate import abstract_batch, abstract_model, init_params
@@ -80,6 +80,10 @@ def sent(mesh: Mesh) -> dict[str, float]:
     arrays = jax.tree.leaves(init_params(trial, schema))
     divided = sum(x.nbytes for x in arrays if "fsdp" in share_of(mesh, x.shape))
     found = {kind: sum(one.payload for one in plan.collectives if one.kind == kind) for kind in KINDS}
+    guess = estimated_step(trial, schema, parse_topology("h100:8"), dict(mesh.shape), 10)
+    for kind in KINDS:
+        found[f"estimated {kind}"] = sum(one.payload for one in guess.collectives if one.kind == kind)
+    found["estimated state"] = sum(guess.state.values()) - sum(plan.state.values())
     held = {"held": plan.state["parameters"] + plan.state["tables"]}
     return found | held | {"divided": divided, "whole": sum(x.nbytes for x in arrays) - divided}
 

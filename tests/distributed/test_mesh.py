@@ -61,6 +61,10 @@ def test_collectives_are_those_of_the_hand_count(on_devices: dict[str, dict[str,
     shares = divided / fsdp if mesh.startswith("data=2") else 0
     assert 0 <= found["all-reduce"] - (whole + shares + 8) <= 128
     assert found["all-to-all"] == found["collective-permute"] == 0
+    # What a plan for GPUs says without a compiler.
+    assert found["estimated state"] == 0
+    assert found["estimated all-gather"] == found["estimated reduce-scatter"] == divided
+    assert found["estimated all-reduce"] == whole + shares
 
 
 def test_a_context_exchanges_what_the_hand_count_says(on_devices: dict[str, dict[str, float]]) -> None:

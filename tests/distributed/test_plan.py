@@ -7,6 +7,8 @@ import pytest
 
 from experiments import plan as command
 from experiments.cli import main
+from genrec_jax.config import default_trial, override
+from genrec_jax.data.schema import Schema
 from genrec_jax.distributed import plan as plans
 from genrec_jax.distributed import topology as topologies
 from genrec_jax.distributed.collectives import Collective
@@ -14,6 +16,7 @@ from genrec_jax.distributed.mesh import make_mesh, parse_mesh
 from genrec_jax.distributed.plan import Plan
 from genrec_jax.distributed.topology import larger, parse_topology
 from genrec_jax.errors import UserError
+from genrec_jax.train.estimate import abstract_model
 from kernels_pallas.target import compiling_for, target
 
 
@@ -122,9 +125,31 @@ def test_what_is_too_big_is_told_what_it_fits_on(
     assert capsys.readouterr().out.count("does not fit") == 3
 
 
+def test_gpus_are_estimated_without_a_compiler(capsys: pytest.CaptureFixture[str]) -> None:
+    """By hand, of one row: 3 x forward FLOPs at 989 TFLOP/s; between nodes an adapter's 50 GB/s."""
+    trial, schema = override(default_trial("dlrm"), {"train.batch_rows": 64}), Schema(50, ("click",))
+    one = plans.estimated_step(trial, schema, parse_topology("h100:1"), {"data": 1}, 10)
+    row = abstract_model(trial, schema).cost(trial.data.shape)
+    assert one.flops == 3 * row.flops * 64
+    assert one.seconds()["products"] == pytest.approx(one.flops / 989e12)
+    assert one.collectives == ()
+    params = 4.0 * (row.dense_params + row.embedding_params)
+    assert one.state["parameters"] + one.state["tables"] == params
+    assert one.temporaries == row.activation_bytes * 64 + params
+    many = plans.estimated_step(trial, schema, parse_topology("h100:16"), {"data": 16}, 10)
+    assert many.flops == one.flops / 16
+    assert many.sent == pytest.approx(2 * 15 / 16 * params)
+    assert many.seconds()["links"] == pytest.approx(many.sent / 50e9)
+    assert planned("dlrm", "--topology", "h100:8", "--items", "50", "--set", "train.batch_rows=64") == 0
+    assert "estimated from the model's own accounts; nothing was compiled" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
+        (["dlrm", "--topology", "h100:3", "--items", "9"], "the shapes of h100 are 1, 2, 4"),
+        (["dlrm", "--topology", "h100:8", "--items", "9", "--remat"], "knows no --remat and no context"),
+        (["dlrm", "--topology", "h100:8", "--items", "9", "--set", "train.batch_rows=9"], "must be a multiple of 8"),
         (["nothing", "--topology", "v5e:2x2"], "'nothing' is neither a recipe (amazon-books-hstu"),
         (["dlrm", "--topology", "v5e:2x2"], "needs --items"),
         (["dlrm", "--topology", "v5e:2x2", "--items", "0"], "--items must be at least 1, not 0"),

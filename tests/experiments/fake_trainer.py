@@ -1,12 +1,14 @@
 """A trainer without training: a few steps of sleep, a checkpoint after each, and a journal of everything it did."""
 
+import csv
 import functools
 import json
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +23,7 @@ TRAINER = "fake_trainer:train_pack"
 
 @dataclass(frozen=True)
 class FakeConfig(ModelConfig):
-    """behaviour: "" or what goes wrong."""
+    """behaviour: "" or what goes wrong; "wait" waits in step 2 until the trial's folder has a file ``go``."""
 
     name: ClassVar[str] = "fake"
     width: int = 8
@@ -86,6 +88,8 @@ def train(trial: Trial, run_dir: Path, *, on_progress: Any) -> dict[str, Any]:
 def misbehave(behaviour: str, step: int, run_dir: Path) -> None:
     if behaviour == "raise" and step == 2:
         raise ValueError("the loss is\x1b[31m a fish")
+    while behaviour == "wait" and step == 2 and not (run_dir / "go").exists():
+        time.sleep(0.05)
     if behaviour == "refuse":
         raise UserError("data/world: no such dataset")
     if behaviour == "die once" and step == 3 and not (run_dir / "died").exists():
@@ -102,3 +106,42 @@ def read_journal(run_dir: Path) -> list[tuple[int, str]]:
     path = run_dir / "journal.txt"
     lines = path.read_text().splitlines() if path.exists() else []
     return [(int(pid), event) for pid, _, event in (line.partition(" ") for line in lines)]
+
+
+def journals(out: Path) -> dict[Path, list[tuple[int, str]]]:
+    return {folder: read_journal(folder) for folder in sorted((out / "trials").glob("*/"))}
+
+
+def assert_sound(out: Path) -> None:
+    """No two processes at once in one folder, no step twice but the one a kill cut short, nothing after the finish."""
+    for lines in journals(out).values():
+        turns = [(pid, [event for _, event in turn]) for pid, turn in groupby(lines, key=lambda line: line[0])]
+        assert len({pid for pid, _ in turns}) == len(turns)
+        reached = 0
+        for _, events in turns:
+            steps = [int(event.split()[1]) for event in events if event.startswith("step")]
+            assert steps == list(range(steps[0], steps[0] + len(steps))) if steps else True
+            assert not steps or steps[0] in (reached, reached + 1)
+            reached = steps[-1] if steps else reached
+        events = [event for _, event in lines]
+        assert "finish" not in events[:-1]
+
+
+def read_table(out: Path) -> list[dict[str, str]]:
+    """Rows of results.csv without what depends on where and when they were made."""
+    with (out / "results.csv").open() as file:
+        return [{k: v for k, v in row.items() if k not in ("train_seconds", "cpus")} for row in csv.DictReader(file)]
+
+
+def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

@@ -1,17 +1,24 @@
-"""A launcher in a process of its own, for tests that kill it: launch_fake.py OUT TRIALS STEP_SECONDS."""
+"""A launcher in a process of its own, for tests that kill it.
+
+launch_fake.py OUT TRIALS STEP_SECONDS [EXECUTOR BEHAVIOUR].
+"""
 
 import sys
 from pathlib import Path
 
 from fake_trainer import TRAINER, plan
 
+from experiments.executors import ExecutorConfig, make_executor
 from experiments.launch import run_study
 from genrec_jax.errors import UserError
 
 if __name__ == "__main__":
-    out, trials, seconds = sys.argv[1:]
+    out, trials, seconds, *more = sys.argv[1:]
+    name, behaviour = more or ("local", "")
+    executor = make_executor(ExecutorConfig(name, workers=2))
     try:
-        run_study(plan(int(trials), step_seconds=float(seconds)), Path(out), workers=2, quiet=True, trainer=TRAINER)
+        planned = plan(int(trials), step_seconds=float(seconds), behaviour=behaviour)
+        run_study(planned, Path(out), executor=executor, quiet=True, trainer=TRAINER)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

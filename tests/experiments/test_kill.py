@@ -1,6 +1,5 @@
 """Whatever is killed, and whenever: nothing trains twice, nothing is lost, and the table comes out the same."""
 
-import csv
 import os
 import random
 import signal
@@ -8,13 +7,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from itertools import groupby
 from pathlib import Path
 
 import pytest
-from fake_trainer import TRAINER, plan, read_journal
+from fake_trainer import TRAINER, alive, assert_sound, journals, plan, read_table, until
 
+from experiments.executors.local import LocalExecutor
 from experiments.folder import only_launcher, trial_folder
 from experiments.launch import run_study
 
@@ -32,55 +30,17 @@ def start(out: Path) -> "subprocess.Popen[str]":
     )
 
 
-def journals(out: Path) -> dict[Path, list[tuple[int, str]]]:
-    return {folder: read_journal(folder) for folder in sorted((out / "trials").glob("*/"))}
-
-
 def workers(out: Path) -> list[int]:
     """Processes that have trained and still exist."""
     pids = {pid for lines in journals(out).values() for pid, _ in lines}
-    return sorted(pid for pid in pids if _alive(pid))
-
-
-def _alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-
-
-def assert_sound(out: Path) -> None:
-    """No two processes at once in one folder, no step twice but the one a kill cut short, nothing after the finish."""
-    for lines in journals(out).values():
-        turns = [(pid, [event for _, event in turn]) for pid, turn in groupby(lines, key=lambda line: line[0])]
-        assert len({pid for pid, _ in turns}) == len(turns)
-        reached = 0
-        for _, events in turns:
-            steps = [int(event.split()[1]) for event in events if event.startswith("step")]
-            assert steps == list(range(steps[0], steps[0] + len(steps))) if steps else True
-            assert not steps or steps[0] in (reached, reached + 1)
-            reached = steps[-1] if steps else reached
-        events = [event for _, event in lines]
-        assert "finish" not in events[:-1]
-
-
-def table(out: Path) -> list[dict[str, str]]:
-    with (out / "results.csv").open() as file:
-        return [{k: v for k, v in row.items() if k != "train_seconds"} for row in csv.DictReader(file)]
+    return sorted(pid for pid in pids if alive(pid))
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     out = tmp_path_factory.mktemp("undisturbed")
-    run_study(plan(TRIALS, step_seconds=STEP_SECONDS), out, workers=2, quiet=True, trainer=TRAINER)
-    return table(out)
+    run_study(plan(TRIALS, step_seconds=STEP_SECONDS), out, executor=LocalExecutor(2), quiet=True, trainer=TRAINER)
+    return read_table(out)
 
 
 def disturb(out: Path, chance: random.Random, *, worker_too: bool) -> None:
@@ -101,7 +61,7 @@ def assert_finishes(out: Path, expected: list[dict[str, str]]) -> None:
     output, _ = launcher.communicate(timeout=60)
     assert launcher.returncode == 0, output
     assert_sound(out)
-    assert table(out) == expected
+    assert read_table(out) == expected
 
 
 def test_random_kills(tmp_path: Path, undisturbed: list[dict[str, str]]) -> None:
@@ -140,7 +100,7 @@ def test_a_worker_waits_for_the_one_that_has_the_folder(tmp_path: Path) -> None:
     folder = trial_folder(tmp_path, one.trial.hash)
     folder.mkdir(parents=True)
     script = (
-        f"import sys, pathlib; from experiments.folder import lock; held = lock(pathlib.Path({str(folder)!r}) / 'lock'"
+        f"import sys, pathlib; from experiments.lease import hold; held = hold(pathlib.Path({str(folder)!r}) / 'lease'"
     )
     holder = subprocess.Popen(
         [sys.executable, "-c", f"{script}, wait=True); print('held', flush=True); sys.stdin.read()"],
@@ -152,7 +112,7 @@ def test_a_worker_waits_for_the_one_that_has_the_folder(tmp_path: Path) -> None:
     timer = threading.Timer(1.0, holder.kill)
     timer.start()
     began = time.monotonic()
-    summary = run_study([one], tmp_path, workers=1, quiet=True, trainer=TRAINER)
+    summary = run_study([one], tmp_path, executor=LocalExecutor(1), quiet=True, trainer=TRAINER)
     timer.join()
     holder.communicate()
     assert summary.done == 1

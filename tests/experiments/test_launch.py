@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from fake_trainer import TRAINER, plan, read_journal
 
+from experiments.executors import ExecutorConfig
+from experiments.executors.local import LocalExecutor
 from experiments.folder import trial_folder
 from experiments.launch import ATTEMPTS, Summary, run_study
 from experiments.study import PlannedTrial
@@ -14,7 +16,7 @@ from genrec_jax.errors import UserError
 
 
 def launch(planned: list[PlannedTrial], out: Path, workers: int = 1, pack: int = 1) -> Summary:
-    return run_study(planned, out, workers=workers, quiet=True, pack=pack, trainer=TRAINER)
+    return run_study(planned, out, executor=LocalExecutor(workers), quiet=True, pack=pack, trainer=TRAINER)
 
 
 def seeds(count: int, **settings: Any) -> list[PlannedTrial]:
@@ -186,6 +188,6 @@ def test_no_trials_and_no_workers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no trials"):
         launch([], tmp_path)
     with pytest.raises(UserError, match="--workers"):
-        launch(plan(1), tmp_path, workers=0)
+        ExecutorConfig(workers=0)
     with pytest.raises(UserError, match="--pack"):
         launch(plan(1), tmp_path, pack=0)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from fake_trainer import TRAINER, plan
 
+from experiments.executors.local import LocalExecutor
 from experiments.folder import trial_folder
 from experiments.launch import run_study
 from experiments.study import PlannedTrial
@@ -12,7 +13,7 @@ from experiments.table import FIRST, rebuild_table
 
 
 def launch(planned: list[PlannedTrial], out: Path) -> Path:
-    return run_study(planned, out, workers=1, quiet=True, trainer=TRAINER).table
+    return run_study(planned, out, executor=LocalExecutor(1), quiet=True, trainer=TRAINER).table
 
 
 def test_table_is_rebuilt_from_the_folders(tmp_path: Path) -> None:

@@ -34,6 +34,11 @@ def sweep(data: Path, out: Path) -> subprocess.Popen:
     return subprocess.Popen([*command, "--out", str(out)], stdout=subprocess.DEVNULL, start_new_session=True)
 
 
+def make_world(data: Path) -> None:
+    command = [sys.executable, "-m", "experiments.cli", "data", "synthetic", "--preset", "tiny", "--out", str(data)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
 def workers(launcher: int) -> list[int]:
     """Process ids of the running trials: grandchildren of the launcher, below its fork server."""
     children = _children(launcher)
@@ -84,12 +89,16 @@ def main() -> int:
     rng = random.Random(int(sys.argv[1]) if len(sys.argv) > 1 else 0)
     with tempfile.TemporaryDirectory() as scratch:
         data, quiet, killed = (Path(scratch) / name for name in ("world", "undisturbed", "killed"))
-        command = [sys.executable, "-m", "experiments.cli", "data", "synthetic", "--preset", "tiny", "--out", str(data)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        make_world(data)
         sweep(data, quiet).wait()
         before = table(quiet)
         disturbed(data, killed, rng)
         after = table(killed)
+    return compare(before, after)
+
+
+def compare(before: dict[str, dict[str, str]], after: dict[str, dict[str, str]]) -> int:
+    """Prints where the tables differ; returns the exit code, 0 if they do not."""
     same = sum(before[trial] == after.get(trial) for trial in before)
     print(
         f"{len(before)} trials undisturbed, {len(after)} after the kills, {same} rows equal in every column but times"
