@@ -1,4 +1,4 @@
-"""Trials of the smallest rung of a ladder, differing in seed and learning rate: one after another, and as one pack.
+"""Trials of the smallest rung of a ladder, differing in seed and weight decay: one after another, and as one pack.
 
 Both are sweeps with one worker and a warm compilation cache; they take turns, so that a busy machine slows them alike.
 """

@@ -13,7 +13,10 @@ from genrec_jax.config import Trial, override
 from genrec_jax.data.sequences import Sequences
 from genrec_jax.errors import UserError
 from genrec_jax.train import loop
+from genrec_jax.train.estimate import abstract_model, init_params
+from genrec_jax.train.optimizer import make_optimizer, make_row_rule, scalars
 from genrec_jax.train.pack import check_pack, pack_key
+from genrec_jax.train.step import init_state, pack_step, trial_step
 from tests.data.helpers import random_dataset
 from tests.train.helpers import Stopped, lines, trial_of, untimed
 
@@ -164,6 +167,35 @@ def test_a_trial_that_diverges_leaves_the_others_alone(sequences: Sequences, tmp
     assert early[-1] == 60
     loop.train(calm, tmp_path / "alone")
     assert_same_records(calm, tmp_path / calm.hash, tmp_path / "alone")
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_a_step_of_a_pack_is_each_trials_own(
+    sequences: Sequences, monkeypatch: pytest.MonkeyPatch, platform: str
+) -> None:
+    """One after another, as on a CPU, and all at once, as on an accelerator; who is not at work keeps every bit."""
+    monkeypatch.setattr("genrec_jax.train.step.target", lambda: platform)
+    trials = [trial_of(sequences, "dlrm", **MODELS["dlrm"][1], **variant) for variant in (*VARIANTS, {"seed": 3})]
+    optimizer, rule = make_optimizer(trials[0].train, 12), make_row_rule(trials[0].train, 12)
+    states = [init_state(init_params(own, sequences.schema), optimizer, own.seed, rule) for own in trials]
+    streams = [loop.TrainStream(sequences, own.data, own.model.rows, 8, seed=own.seed) for own in trials]
+    batches = [next(stream) for stream in streams]
+    for stream in streams:
+        stream.close()
+    values = [scalars(own.train) for own in trials]
+    step = trial_step(abstract_model(trials[0], sequences.schema), trials[0].train, 12)
+    stacked = [jax.tree.map(lambda *x: np.stack(x), *given) for given in (states, batches, values)]
+    after, metrics = jax.jit(pack_step(step))(np.array([True, True, False]), *stacked)
+    alone = jax.jit(step)
+    for place in range(2):
+        own, found = alone(states[place], batches[place], values[place])
+        for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(own), strict=True):
+            np.testing.assert_allclose(a[place], b, rtol=1e-4, atol=1e-6)
+        assert {name: float(x[place]) for name, x in metrics.items()} == pytest.approx(
+            {name: float(x) for name, x in found.items()}, rel=1e-5
+        )
+    for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(states[2]), strict=True):
+        np.testing.assert_array_equal(a[2], b)
 
 
 def test_what_may_be_trained_together(sequences: Sequences) -> None:
