@@ -44,7 +44,7 @@ def test_digest_of_an_import_knows_labels_and_their_names_but_not_keys(tmp_path)
 def test_digest_of_a_world_is_of_its_finished_columns(tmp_path):
     world = preset("tiny", users=1100, requests=2)
     one = generate(world, tmp_path / "one", floor_requests=0)
-    two = generate(world, tmp_path / "two", processes=2, floor_requests=16)
+    two = generate(world, tmp_path / "two", workers=2, floor_requests=16)
     other = generate(preset("tiny", users=1100, requests=2, seed=1), tmp_path / "other", floor_requests=0)
     assert (one.name, two.name) == ("one", "two")
     assert one.digest == two.digest != other.digest
