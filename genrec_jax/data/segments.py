@@ -70,7 +70,7 @@ def read_file(
     segments: list[dict[str, Any]] = []
     while (found := pieces.recorded(f"segment-{number:06d}-{len(segments):06d}")) is not None:
         segments.append(found)
-        advance(found["size"], 0)
+        advance(found["size"], found["rows"], found=True)
 
     def finish() -> None:
         name = f"segment-{number:06d}-{len(segments):06d}"

@@ -33,9 +33,12 @@ _PLAN = "plan.json"
 
 
 class Advance(Protocol):
-    """Called by a piece in the making, now and then: units of its phase done since the last call, and events."""
+    """Called by a piece in the making, now and then: units of its phase done since the last call, and events.
 
-    def __call__(self, units: int, events: int) -> None: ...
+    ``found``: an earlier run did them, so that they do not count for the rate.
+    """
+
+    def __call__(self, units: int, events: int, *, found: bool = False) -> None: ...
 
 
 class Task(NamedTuple):
@@ -71,7 +74,7 @@ class Work:
         for task in tasks:
             result = results[task.name]
             if result is not None:
-                advance.found(task.size, result["events"])
+                advance(task.size, result["events"], found=True)
         if self._workers > 1 and len(missing) > 1:
             if self._pool is None:
                 self._pool = self._stack.enter_context(_Pool(self._workers))
@@ -119,19 +122,17 @@ def making(out: str | Path, plan: Mapping[str, Any], *, workers: int = 1, quiet:
         raise UserError(f"{workers} workers cannot make a dataset")
     out = claimed(out)
     folder = out.parent / f".{out.name}.partial"
-    with _locked(folder, out), _bars(quiet) as progress:
-        work = Work(folder, workers, progress)
+    with _locked(folder, out):
         try:
-            _begin(work, out, json.loads(json.dumps(plan)))
-            with contextlib.closing(work):
+            with _bars(quiet) as progress, contextlib.closing(Work(folder, workers, progress)) as work:
+                _begin(work, out, json.loads(json.dumps(plan)))
                 yield work
-                peak = work.peak_memory()
         except UserError:
             shutil.rmtree(folder)
             raise
         replace(out, work.dataset)
         shutil.rmtree(folder)
-        progress.console.print(f"at most {peak / 2**30:.2f} GiB of memory resident in a process")
+    progress.console.print(f"at most {work.peak_memory() / 2**30:.2f} GiB of memory resident in a process")
 
 
 @contextlib.contextmanager
@@ -219,9 +220,9 @@ class _Pool:
 
     def _listen(self, advance: Advance) -> None:
         while (message := self._messages.get()) is not None:
-            units, events, peak = message
+            units, events, found, peak = message
             self.peak = max(self.peak, peak)
-            advance(units, events)
+            advance(units, events, found=found)
 
 
 _messages: Any = None
@@ -246,10 +247,10 @@ def _perform_remotely(pieces: Pieces, function: Maker, task: Task) -> dict[str, 
     return _perform(pieces, function, task, _advance_remotely)
 
 
-def _advance_remotely(units: int, events: int) -> None:
+def _advance_remotely(units: int, events: int, *, found: bool = False) -> None:
     if _stop.is_set():
         raise _Stopped
-    _messages.put((units, events, peak_memory()))
+    _messages.put((units, events, found, peak_memory()))
 
 
 def peak_memory() -> int:
@@ -271,7 +272,7 @@ def _bars(quiet: bool) -> Progress:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, console=Console(stderr=True, quiet=quiet), disable=quiet)
+    return Progress(*columns, console=Console(stderr=True, quiet=quiet), disable=quiet, refresh_per_second=2)
 
 
 class _Phase:
@@ -282,19 +283,12 @@ class _Phase:
         self._began, self._events, self._found = time.monotonic(), 0, 0
         self._bar: TaskID = progress.add_task(name, total=total, said="")
 
-    def __call__(self, units: int, events: int) -> None:
-        self._events += events
-        self._show(units)
-
-    def found(self, units: int, events: int) -> None:
-        """Counts what an earlier run made."""
-        self._found += events
-        self._show(units)
-
-    def finished(self) -> None:
-        self._progress.update(self._bar, completed=self._progress.tasks[self._bar].total)
-
-    def _show(self, units: int) -> None:
+    def __call__(self, units: int, events: int, *, found: bool = False) -> None:
+        self._events += 0 if found else events
+        self._found += events if found else 0
         rate = self._events / max(time.monotonic() - self._began, 1e-3)
         said = f"{self._found + self._events:,} {self._noun}, {rate:,.0f} a second" if self._noun else ""
         self._progress.update(self._bar, advance=units, said=said)
+
+    def finished(self) -> None:
+        self._progress.update(self._bar, completed=self._progress.tasks[self._bar].total)
