@@ -68,7 +68,7 @@ def data_import(
     import_command(
         files, out, given, mapping_file=mapping, workers=workers, memory_mib=memory_mib, quiet=quiet
     )  # fmt: skip
-    data_show(out)
+    _print_summary(out)
 
 
 def data_synthetic(
@@ -96,19 +96,27 @@ def data_synthetic(
     from genrec_jax.data.synthetic import generate
 
     generate(sized_world(name, seed, set, events), out, workers=workers, quiet=quiet)
-    data_show(out)
+    _print_summary(out)
 
 
 def data_show(data: Positional[Path]) -> None:
-    """Print what a dataset folder holds.
+    """Check a dataset folder against its digest, and print what it holds.
 
     Args:
         data: Dataset folder, or the folder of a known raw dataset.
     """
     from genrec_jax.data.catalog import load_any
+    from genrec_jax.data.sequences import verify
+
+    folder = load_any(data)
+    verify(folder)
+    _print_summary(folder)
+
+
+def _print_summary(folder: Path) -> None:
     from genrec_jax.data.summary import describe, summary_table
 
-    Console(highlight=False).print(summary_table(describe(load_any(data))))
+    Console(highlight=False).print(summary_table(describe(folder)))
 
 
 def train(

@@ -112,6 +112,13 @@ def digest_of(path: str | Path) -> str:
     return _manifest(Path(path))["digest"]
 
 
+def verify(path: str | Path) -> None:
+    """Reads all of a dataset folder. Raises UserError as ``load``, or if its content is not what was written."""
+    data = load(path)
+    if (found := _digest(data.path, data.schema, data.origin)) != data.digest:
+        raise UserError(f"{path} is damaged: the digest of its content is {found}, but {data.digest} when it was made")
+
+
 _KEYS: Mapping[str, type] = {
     "name": str,
     "digest": str,

@@ -10,7 +10,7 @@ import pytest
 from genrec_jax.data import sequences as folders
 from genrec_jax.data.importer import import_log
 from genrec_jax.data.log import parse_mapping
-from genrec_jax.data.sequences import digest_of, load, writing
+from genrec_jax.data.sequences import digest_of, load, verify, writing
 from genrec_jax.data.summary import describe
 from genrec_jax.data.synthetic import generate, preset
 from genrec_jax.errors import UserError
@@ -156,6 +156,24 @@ def test_damaged_columns_are_refused(tmp_path, column, values, named):
     file = tmp_path / f"d/{column}.npy"
     np.save(file, np.asarray(values).astype(np.load(file).dtype))
     assert named in refused(tmp_path / "d")
+
+
+def test_a_changed_value_is_found_when_all_is_read(tmp_path):
+    data = dataset(tmp_path / "d", TIMES)
+    verify(data.path)
+    file = tmp_path / "d/events/time.npy"
+    content = file.read_bytes()
+    file.write_bytes(content[:-4] + bytes([content[-4] ^ 1]) + content[-3:])
+    load(data.path)  # nothing that must fit together tells
+    with pytest.raises(UserError, match=f"d is damaged: .* but {data.digest} when it was made"):
+        verify(data.path)
+
+
+def test_a_short_column_is_refused(tmp_path):
+    dataset(tmp_path / "d", TIMES)
+    file = tmp_path / "d/events/time.npy"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert "events/time.npy" in refused(tmp_path / "d")
 
 
 def test_missing_column_is_refused(tmp_path):
