@@ -57,17 +57,21 @@ class Sequences:
         return len(self.item)
 
     def scan(self, *names: str) -> Iterator[tuple[int, tuple[np.ndarray, ...]]]:
-        """Event columns (``item``, ``time``, ``labels`` or ``request``) from first to last event, some at a time.
+        """:func:`scan` of event columns: ``item``, ``time``, ``labels`` or ``request``."""
+        return scan(*(getattr(self, name) for name in names))
 
-        Yields the number of the first event and the columns from there on, at most ``SCAN_EVENTS`` rows each. Memory
-        stays small however many events there are: pages that were read do not stay resident.
-        """
-        columns: list[np.ndarray] = [getattr(self, name) for name in names]
-        for first in range(0, self.events, SCAN_EVENTS):
-            yield first, tuple(np.asarray(column[first : first + SCAN_EVENTS]) for column in columns)
-            for column in columns:
-                if isinstance(column.base, mmap.mmap):
-                    column.base.madvise(mmap.MADV_DONTNEED)
+
+def scan(*columns: np.ndarray) -> Iterator[tuple[int, tuple[np.ndarray, ...]]]:
+    """Columns of equal length from first to last row, ``SCAN_EVENTS`` rows at a time.
+
+    Yields the number of the first row and the columns from there on. Memory stays small however long mapped columns
+    are: pages that were read do not stay resident.
+    """
+    for first in range(0, len(columns[0]), SCAN_EVENTS):
+        yield first, tuple(np.asarray(column[first : first + SCAN_EVENTS]) for column in columns)
+        for column in columns:
+            if isinstance(column.base, mmap.mmap):
+                column.base.madvise(mmap.MADV_DONTNEED)
 
 
 FOLDERS: Mapping[Level, str] = {"user": "users", "item": "items", "event": "events"}

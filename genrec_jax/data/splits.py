@@ -30,12 +30,16 @@ class Split:
 
     def holds(self, part: Part, first: int, count: int) -> np.ndarray:
         """[count] bool: which of the events from ``first`` on are in the part."""
-        start, stop = self.ranges(part)
-        edges = np.zeros(count + 1, np.int64)
-        users = slice(int(np.searchsorted(stop, first, "right")), int(np.searchsorted(start, first + count)))
-        np.add.at(edges, np.maximum(start[users] - first, 0), 1)
-        np.add.at(edges, np.minimum(stop[users] - first, count), -1)
-        return np.cumsum(edges[:-1]) > 0
+        return in_ranges(*self.ranges(part), first, count)
+
+
+def in_ranges(start: np.ndarray, stop: np.ndarray, first: int, count: int) -> np.ndarray:
+    """[count] bool: which of the events from ``first`` on are in a range ``start[i]:stop[i]``; ranges ascend."""
+    edges = np.zeros(count + 1, np.int64)
+    near = slice(int(np.searchsorted(stop, first, "right")), int(np.searchsorted(start, first + count)))
+    np.add.at(edges, np.maximum(start[near] - first, 0), 1)
+    np.add.at(edges, np.minimum(stop[near] - first, count), -1)
+    return np.cumsum(edges[:-1]) > 0
 
 
 def split_by_time(sequences: Sequences, validation: float, test: float) -> Split:

@@ -17,7 +17,7 @@ from genrec_jax.data.pieces import Extent, Pieces
 from genrec_jax.data.schema import Feature, Schema
 from genrec_jax.data.sequences import FORMAT, Sequences, load, write_manifest
 from genrec_jax.data.splits import split_by_time
-from genrec_jax.data.synthetic.bayes import Truth, read_world, truth
+from genrec_jax.data.synthetic.bayes import Truth, read_world, truths
 from genrec_jax.data.synthetic.exact import Stream, log
 from genrec_jax.data.synthetic.tables import Items, Labels, Popularity, item_tables, label_tables, popularity_periods
 from genrec_jax.data.synthetic.world import LONGEST, SESSION_GAP, SHORT_GAP, World
@@ -111,12 +111,13 @@ def floors(sequences: Sequences, *, validation: float = 0.1, test: float = 0.1, 
     user = np.searchsorted(begins, chosen, side="right") - 1
     request = np.repeat(start[user] + (chosen - begins[user]) * k, k)
     impressions = request + np.tile(np.arange(k), len(chosen))
+    shown = sequences.item[impressions]
     seen = np.zeros(sequences.schema.items, bool)
     for first, (item,) in sequences.scan("item"):
         seen[item[split.holds("train", first, len(item))]] = True
     return Floors(
-        truths=tuple(truth(sequences, impressions, request, history) for history in FLOOR_HISTORIES),
-        unseen_items=float(1 - seen[sequences.item[impressions]].mean()),
+        truths=truths(sequences, impressions, request, FLOOR_HISTORIES),
+        unseen_items=float(1 - seen[shown].mean()),
     )
 
 
