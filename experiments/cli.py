@@ -34,9 +34,11 @@ def data_import(
     time_unit: Literal["s", "ms", "us", "ns"] | None = None,
     promise_sorted: bool = False,
     mapping: Path | None = None,
+    workers: int = 1,
+    memory_mib: int = 512,
     quiet: bool = False,
 ) -> None:
-    """Read a log (parquet, CSV, TSV, or a folder of a known dataset) into a dataset folder.
+    """Read a log (parquet, CSV, TSV, or a folder of a known dataset) into a dataset folder; run again to go on.
 
     Args:
         files: Log files with the same columns, or one folder of MovieLens, Amazon or Globo.
@@ -53,6 +55,8 @@ def data_import(
         time_unit: Unit of the time column (default: s).
         promise_sorted: Refuse the log if a user's times ever go back.
         mapping: TOML file with the same settings, instead of flags.
+        workers: Worker processes; the dataset does not depend on it.
+        memory_mib: MiB of events that a worker holds at a time, whatever the size of the log.
         quiet: No progress bar.
     """
     from experiments.datasets import import_command
@@ -61,48 +65,58 @@ def data_import(
     features = {"user_features": user_feature, "item_features": item_feature, "event_features": event_feature}
     options = {"labels": label, "time_unit": time_unit, "promise_sorted": promise_sorted, **features}
     given = {name: value for name, value in (columns | options).items() if value}
-    import_command(files, out, given, mapping_file=mapping, quiet=quiet)
-    data_show(out)
+    import_command(
+        files, out, given, mapping_file=mapping, workers=workers, memory_mib=memory_mib, quiet=quiet
+    )  # fmt: skip
+    _print_summary(out)
 
 
 def data_synthetic(
     *,
     out: Path,
     name: Annotated[str, tyro.conf.arg(name="preset")] = "small",
+    events: int | None = None,
     seed: int = 0,
     set: Many[tuple[str, ...]] = (),
-    processes: int = 1,
+    workers: int = 1,
     quiet: bool = False,
 ) -> None:
-    """Generate a synthetic world whose Bayes-optimal NE is known.
+    """Generate a synthetic world whose Bayes-optimal NE is known; run again to go on.
 
     Args:
         out: Dataset folder to write.
         name: Named size of the world.
+        events: About how many events there shall be: sets the number of users.
         seed: Seed of the world.
         set: key=value of the world (users=1000, tasks=click,like); repeat for several.
-        processes: Worker processes; the bits do not depend on it.
+        workers: Worker processes; the bits do not depend on it.
         quiet: No progress bar.
     """
-    from experiments.datasets import world_changes
-    from genrec_jax.data.synthetic import generate, preset
+    from experiments.datasets import sized_world
+    from genrec_jax.data.synthetic import generate
 
-    world = preset(name, seed=seed, **world_changes(set))
-    with Console(stderr=True, quiet=quiet).status(f"generating the world {name!r}"):
-        generate(world, out, processes=processes)
-    data_show(out)
+    generate(sized_world(name, seed, set, events), out, workers=workers, quiet=quiet)
+    _print_summary(out)
 
 
 def data_show(data: Positional[Path]) -> None:
-    """Print what a dataset folder holds.
+    """Check a dataset folder against its digest, and print what it holds.
 
     Args:
         data: Dataset folder, or the folder of a known raw dataset.
     """
     from genrec_jax.data.catalog import load_any
+    from genrec_jax.data.sequences import verify
+
+    folder = load_any(data)
+    verify(folder)
+    _print_summary(folder)
+
+
+def _print_summary(folder: Path) -> None:
     from genrec_jax.data.summary import describe, summary_table
 
-    Console(highlight=False).print(summary_table(describe(load_any(data))))
+    Console(highlight=False).print(summary_table(describe(folder)))
 
 
 def train(

@@ -9,7 +9,7 @@ from typing import Any
 from genrec_jax.data.catalog import recognise
 from genrec_jax.data.importer import import_log
 from genrec_jax.data.log import LogMapping, parse_mapping, read_mapping
-from genrec_jax.data.synthetic.world import World
+from genrec_jax.data.synthetic.world import World, preset
 from genrec_jax.errors import UserError
 
 # Settings that hold several values have a flag that is repeated, in the singular.
@@ -24,17 +24,27 @@ _FLAGS = {
 
 
 def import_command(
-    files: Sequence[Path], out: Path, given: Mapping[str, Any], *, mapping_file: Path | None, quiet: bool
+    files: Sequence[Path],
+    out: Path,
+    given: Mapping[str, Any],
+    *,
+    mapping_file: Path | None,
+    workers: int,
+    memory_mib: int,
+    quiet: bool,
 ) -> None:
     """Imports ``files`` into ``out``. ``given``: the arguments of ``parse_mapping`` that the user gave, no others."""
+    if memory_mib < 1:
+        raise UserError(f"--memory-mib must be 1 at least, not {memory_mib}")
+    how: dict[str, Any] = {"workers": workers, "memory": memory_mib << 20, "quiet": quiet}
     raw = recognise(files[0]) if len(files) == 1 and files[0].is_dir() else None
     if raw is None:
-        import_log(files, _mapping(given, mapping_file), out, quiet=quiet)
+        import_log(files, _mapping(given, mapping_file), out, **how)
         return
     flag = "--mapping" if mapping_file is not None else next(map(_flag, given), None)
     if flag is not None:
         raise UserError(f"{files[0]} is {raw.name}, whose columns are known: leave out {flag}, or name its log file")
-    import_log(raw.files, raw.mapping, out, name=raw.name, notes=raw.notes, quiet=quiet)
+    import_log(raw.files, raw.mapping, out, name=raw.name, notes=raw.notes, **how)
 
 
 def _mapping(given: Mapping[str, Any], mapping_file: Path | None) -> LogMapping:
@@ -51,6 +61,18 @@ def _mapping(given: Mapping[str, Any], mapping_file: Path | None) -> LogMapping:
 
 def _flag(name: str) -> str:
     return f"--{_FLAGS.get(name, name)}"
+
+
+def sized_world(name: str, seed: int, settings: Sequence[str], events: int | None) -> World:
+    """The named world with ``settings`` (as of :func:`world_changes`), and users for about that many ``events``."""
+    world = preset(name, seed=seed, **world_changes(settings))
+    if events is None:
+        return world
+    if events < 1:
+        raise UserError(f"--events must be 1 at least, not {events}")
+    if any(setting.partition("=")[0].strip() == "users" for setting in settings):
+        raise UserError("--events and --set users=... both say how large the world is; give one of the two")
+    return dataclasses.replace(world, users=-(-events // (world.requests * world.candidates)))
 
 
 def world_changes(settings: Sequence[str]) -> dict[str, Any]:

@@ -32,19 +32,17 @@ def stand_in(folder: Path) -> Path:
 
 
 def measure(log: Path, out: Path) -> dict[str, float]:
-    """Imports in this process (Linux: the peak is read from /proc)."""
+    """Imports in this process."""
     from genrec_jax.data.catalog import recognise
     from genrec_jax.data.importer import import_log
+    from genrec_jax.data.work import peak_memory
 
     raw = recognise(log)
     assert raw is not None
     start = time.perf_counter()
     import_log(raw.files, raw.mapping, out, name=raw.name, quiet=True)
     seconds = time.perf_counter() - start
-    # Not getrusage: its maximum survives exec, and would be that of the process that started this one.
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    peak_kib = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
-    return {"seconds": seconds, "peak_gib": peak_kib / 2**20}
+    return {"seconds": seconds, "peak_gib": peak_memory() / 2**30}
 
 
 def run(data: Path | None = None) -> dict[str, float]:

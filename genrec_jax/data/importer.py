@@ -1,31 +1,44 @@
-"""Turns log files into a dataset folder: read once in chunks, sort once by (user, time, order, file order).
+"""Turns log files into a dataset folder, in memory that does not grow with the log.
 
-Columns are spooled to disk as they are read, so memory holds one chunk, the key dictionaries and, while sorting, about
-40 bytes per event; features and labels are gathered from disk to disk.
+1. *read*: files are read in chunks, checked and kept as segments, whose rows are grouped by a hash of the user
+   (``segments.py``); several files at a time.
+2. *numbers*: the keys of all segments are numbered in order of first appearance, but for users.
+3. *sort*: each partition of users is sorted by (user, time, order, file order) into a run (``partitions.py``); several
+   at a time.
+4. *merge*: runs are put together, users in order of first appearance, shard by shard into their place in the columns;
+   several at a time.
+
+The dataset does not depend on the number of segments, partitions, shards or workers. A run that was killed goes on
+where it was (``work.py``). Memory: ``memory`` bytes per worker, and for all of the log the keys of items and categories
+(about 150 bytes each) and 60 bytes per user.
 """
 
-import dataclasses
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from genrec_jax.data.log import UNITS_PER_SECOND, LogMapping
-from genrec_jax.data.log_columns import Vocabulary, check_kinds, keys, labels, times, whole_numbers
-from genrec_jax.data.log_files import CHUNK_ROWS, Chunk, LogFile, open_log
-from genrec_jax.data.schema import Feature, Level, Schema
-from genrec_jax.data.sequences import Sequences, load, write_manifest, writing
-from genrec_jax.data.side_tables import Categories, LoadedTable, constant_per_key
+from genrec_jax.data.log_columns import Vocabulary, are_integers, check_kinds, key_table
+from genrec_jax.data.log_files import CHUNK_ROWS, LogFile, open_log
+from genrec_jax.data.numbering import number_keys
+from genrec_jax.data.partitions import MergePlan, SortPlan, merge_users, shares_of, sort_part
+from genrec_jax.data.schema import Feature, Schema
+from genrec_jax.data.segments import ReadPlan, read_file, record_type, varies, where
+from genrec_jax.data.sequences import FOLDERS, FORMAT, Sequences, load, write_manifest
+from genrec_jax.data.side_tables import LoadedTable
+from genrec_jax.data.work import Task, Work, making
 from genrec_jax.errors import UserError
 
-_FOLDER: Mapping[Level, str] = {"user": "users", "item": "items", "event": "events"}
+#: Bytes of memory that a worker uses beside what Python and its libraries take, by default.
+MEMORY = 512 << 20
 _MAX_SPAN = 2**31 - 1
+_MOST_PARTITIONS = 4096
+_KEYS_AT_ONCE = 1 << 20
 
 
 def import_log(
@@ -35,25 +48,34 @@ def import_log(
     *,
     name: str | None = None,
     notes: Sequence[str] = (),
+    workers: int = 1,
+    memory: int = MEMORY,
     quiet: bool = False,
     chunk_rows: int = CHUNK_ROWS,
 ) -> Sequences:
     """Imports ``files``, in this order, as one log into the dataset folder ``out`` and opens it.
 
     ``out`` appears, or replaces the dataset that is there, only once it is complete. ``name`` (default: the folder's)
-    is the dataset's name in reports, which also repeat its ``notes``. Raises UserError, one sentence naming file and
-    row or column, for a bad log.
+    is the dataset's name in reports, which also repeat its ``notes``. ``memory``: bytes for each of ``workers``
+    processes; only a single user's events must fit. Raises UserError, one sentence naming file and row or column, for a
+    bad log.
     """
     logs = _open_all([Path(file) for file in files], mapping)
-    with writing(out) as folder:
-        for sub in ("users", "items", "events", "keys/features", "spool"):
-            (folder / sub).mkdir(parents=True)
-        with _progress(logs, quiet) as advance:
-            reader = _Reader(mapping, folder / "spool")
-            reader.read(logs, chunk_rows, advance)
-        _write(folder, reader, name or Path(out).name, logs, notes)
-        shutil.rmtree(folder / "spool")
+    stamped = [*(log.path for log in logs), *(table.file for table in mapping.tables)]
+    plan = {
+        "format": FORMAT,
+        "files": [[str(path.resolve()), *_stamp(path)] for path in stamped if path.exists()],
+        "mapping": mapping.to_json(),
+        "memory": memory,
+    }
+    with making(out, plan, workers=workers, quiet=quiet) as work:
+        _Import(work, mapping, logs, memory).run(name or Path(out).name, notes, chunk_rows)
     return load(out)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
 
 
 def _open_all(paths: list[Path], mapping: LogMapping) -> list[LogFile]:
@@ -72,230 +94,248 @@ def _open_all(paths: list[Path], mapping: LogMapping) -> list[LogFile]:
     return logs
 
 
-@contextmanager
-def _progress(logs: list[LogFile], quiet: bool) -> Iterator[Callable[[int], None]]:
-    """Shows rows read and their rate on standard error; yields the function that adds rows."""
-    rows = [log.rows for log in logs]
-    total = None if None in rows else sum(row for row in rows if row is not None)
-    columns = (
-        TextColumn("reading"),
-        BarColumn(),
-        TextColumn("{task.completed:,} rows"),
-        TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), disable=quiet) as progress:
-        task = progress.add_task("reading", total=total, rate="")
+class _Import:
+    """The stages of one import, in order; each leaves what the later ones must know of the log."""
 
-        def advance(count: int) -> None:
-            progress.update(task, advance=count)
-            speed = progress.tasks[0].finished_speed or progress.tasks[0].speed
-            if speed:
-                progress.update(task, rate=f"{speed:,.0f} rows/s")
+    def __init__(self, work: Work, mapping: LogMapping, logs: list[LogFile], memory: int):
+        self._work, self._pieces, self._mapping, self._logs = work, work.pieces, mapping, logs
+        catalogue = Vocabulary(first=1)
+        self._tables = [LoadedTable(table, catalogue) for table in mapping.tables]
+        self._catalogue = catalogue
+        self._memory, self._row_bytes = memory, record_type(mapping).itemsize
 
-        yield advance
-
-
-class _Spool:
-    """Event columns on disk, appended chunk by chunk, all of the same length when complete."""
-
-    def __init__(self, folder: Path):
-        self._folder = folder
-        self._files: dict[str, BinaryIO] = {}
-        self._types: dict[str, np.dtype] = {}
-
-    def append(self, name: str, values: np.ndarray) -> None:
-        if name not in self._files:
-            self._files[name] = (self._folder / name).open("wb")
-            self._types[name] = values.dtype
-        values.tofile(self._files[name])
-
-    def read(self, name: str) -> np.ndarray:
-        """The column [E] as written, in memory; after :meth:`close`."""
-        return np.fromfile(self._folder / name, self._types[name])
-
-    def close(self) -> None:
-        for file in self._files.values():
-            file.close()
-
-
-class _Reader:
-    """Checks and encodes chunks of the log in file order; what it leaves is the spool and the vocabularies."""
-
-    def __init__(self, mapping: LogMapping, folder: Path):
-        self.mapping = mapping
-        self.users = Vocabulary(first=0)
-        self.items = Vocabulary(first=1)
-        self.requests = Vocabulary(first=0)
-        self.tables = [LoadedTable(table, self.items) for table in mapping.tables]
-        self.categories = [(level, Categories(feature)) for level, feature in mapping.features]
-        self.spool = _Spool(folder)
-        self.units = UNITS_PER_SECOND[mapping.time_unit]
-        self.starts: list[tuple[int, Chunk]] = []
-        self.events = 0
-
-    def read(self, logs: list[LogFile], chunk_rows: int, advance: Callable[[int], None]) -> None:
-        try:
-            for log in logs:
-                self._note_kinds(log)
-                before = self.events
-                for chunk in log.chunks(chunk_rows):
-                    self._add(chunk)
-                    advance(chunk.rows)
-                if self.events == before:
-                    raise UserError(f"{log.path} has no rows")
-        finally:
-            self.spool.close()
-
-    def _note_kinds(self, log: LogFile) -> None:
-        self.users.note_kind(log.kinds[self.mapping.user])
-        self.items.note_kind(log.kinds[self.mapping.item])
-        kind = log.kinds[self.mapping.time]
-        if kind.startswith("timestamp"):
-            self.units = UNITS_PER_SECOND[kind.removeprefix("timestamp[").removesuffix("]")]
-
-    def _add(self, chunk: Chunk) -> None:
-        if not chunk.rows:
-            return
-        mapping, spool = self.mapping, self.spool
-        # Rows are named later from the chunk's number alone; its columns must not be kept.
-        self.starts.append((self.events, dataclasses.replace(chunk, columns={})))
-        self.events += chunk.rows
-        spool.append("user", keys(chunk, mapping.user, "user", self.users))
-        spool.append("item", keys(chunk, mapping.item, "item", self.items))
-        spool.append("time", times(chunk, mapping.time))
-        if mapping.order is not None:
-            spool.append("order", whole_numbers(chunk, mapping.order, "order"))
-        if mapping.request is not None:
-            spool.append("request", keys(chunk, mapping.request, "request", self.requests))
-        for label in mapping.labels:
-            spool.append(f"label {label.name}", labels(chunk, label))
-        for _, categories in self.categories:
-            spool.append(f"feature {categories.feature.name}", categories.encode(chunk))
-
-    def where(self, event: int) -> str:
-        """Names the file and row of an event given by its number in reading order."""
-        start, chunk = next(pair for pair in reversed(self.starts) if pair[0] <= event)
-        return chunk.where(event - start)
-
-
-def _write(folder: Path, reader: _Reader, name: str, logs: list[LogFile], notes: Sequence[str]) -> None:
-    """Sorts the spooled events and writes every file of the dataset folder."""
-    mapping, spool = reader.mapping, reader.spool
-    user, time = spool.read("user"), spool.read("time")
-    if mapping.promise_sorted:
-        _check_promise(user, time, reader)
-    tie_breaks = [spool.read("order")] if mapping.order is not None else []
-    order = np.lexsort([*tie_breaks, time, user])  # the last key is the first; stable, so file order breaks ties
-    del tie_breaks
-    item = spool.read("item")
-    if mapping.min_events:
-        kept, users, items = _frequent(user, item, mapping.min_events)
-        if not len(users):
-            raise UserError(f"{logs[0].path}: no user is left with {mapping.min_events} events of such items")
-        order = order[kept[order]]
-        reader.users.keep(users)
-        reader.items.keep(items)
-        user, item = np.searchsorted(users, user), np.searchsorted(items, item) + 1
-    origin = _write_time(folder, time, order, reader)
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(user[order], minlength=len(reader.users)))])
-    np.save(folder / "offsets.npy", offsets.astype(np.int64))
-    if mapping.request is not None:
-        np.save(folder / "events/request.npy", _requests(user[order], spool.read("request")[order], order, reader))
-    del time, user
-    np.save(folder / "events/item.npy", item[order].astype(np.int32))
-    _write_labels(folder, spool, mapping, order)
-    features = _write_features(folder, reader, order)
-    schema = Schema(len(reader.items) + 1, tuple(label.name for label in mapping.labels), features)
-    pq.write_table(reader.users.table(), folder / "keys/users.parquet")
-    pq.write_table(reader.items.table(), folder / "keys/items.parquet")
-    source = {
-        "files": [log.path.name for log in logs],
-        "mapping": mapping.to_json(),
-        "users": len(reader.users),
-        "events": len(order),
-        "notes": list(notes),
-    }
-    has_requests = mapping.request is not None
-    write_manifest(folder, name=name, schema=schema, origin=origin, has_requests=has_requests, source=source)
-
-
-def _frequent(user: np.ndarray, item: np.ndarray, least: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """See ``LogMapping.min_events``: events that stay [E] bool, and the user and item ids that do, ascending."""
-    enough = (np.bincount(user)[user] >= least) & (np.bincount(item)[item] >= least)
-    left = np.bincount(user[enough], minlength=int(user.max()) + 1)
-    kept = enough & (left[user] >= least)
-    return kept, np.flatnonzero(left >= least), np.unique(item[enough])
-
-
-def _check_promise(user: np.ndarray, time: np.ndarray, reader: _Reader) -> None:
-    order = np.argsort(user, kind="stable")
-    falls = (np.diff(user[order]) == 0) & (np.diff(time[order]) < 0)
-    if falls.any():
-        event = int(order[1:][falls].min())
-        raise UserError(f"{reader.where(event)}: time is before that of the same user's previous event")
-
-
-def _write_time(folder: Path, time: np.ndarray, order: np.ndarray, reader: _Reader) -> int:
-    """Writes whole seconds since the first event's second, which is returned as the origin."""
-    seconds = time[order] // reader.units
-    origin, last = int(seconds.min()), int(seconds.max())
-    if last - origin > _MAX_SPAN:
-        latest = reader.where(int(order[seconds.argmax()]))
-        raise UserError(
-            f"{latest}: time is {last - origin} s after the first event, over {_MAX_SPAN} s; check the unit"
+    def run(self, name: str, notes: Sequence[str], chunk_rows: int) -> None:
+        self._read(chunk_rows)
+        (numbers,) = self._work.make(
+            "numbering keys",
+            number_keys,
+            [Task("numbers", (self._mapping, self._segments, self._catalogue), len(self._segments))],
+            noun="",
         )
-    np.save(folder / "events/time.npy", (seconds - origin).astype(np.int32))
-    return origin
+        self._sort()
+        self._place_users()
+        self._merge()
+        self._work.close()
+        items = self._write_items()
+        features = [*self._write_features(numbers["categories"]), *self._write_tables()]
+        self._write_users()
+        source = {
+            "files": [log.path.name for log in self._logs],
+            "mapping": self._mapping.to_json(),
+            "users": self._users,
+            "events": int(self._offsets[-1]),
+            "notes": list(notes),
+        }
+        with self._work.showing("hashing"):
+            write_manifest(
+                self._work.dataset,
+                name=name,
+                schema=Schema(items + 1, tuple(label.name for label in self._mapping.labels), tuple(features)),
+                origin=self._origin,
+                has_requests=self._mapping.request is not None,
+                source=source,
+            )
+
+    def _read(self, chunk_rows: int) -> None:
+        rows = max(1, self._memory // (4 * self._row_bytes + 250))  # a row may bring several new keys
+        self._most = max(1, self._memory // (5 * self._row_bytes + 60))  # rows that can be sorted at once
+        expected = sum(log.most_rows for log in self._logs)
+        partitions = min(-(-expected // self._most), _MOST_PARTITIONS)
+        plan = ReadPlan(self._mapping, partitions, rows, min(chunk_rows, rows))
+        tasks = [
+            Task(f"file-{number:06d}", (plan, log, number), log.path.stat().st_size)
+            for number, log in enumerate(self._logs)
+        ]
+        found = self._work.make("reading", read_file, tasks, noun="rows")
+        self._segments = [segment for result in found for segment in result["segments"]]
+        rows_each = [segment["rows"] for segment in self._segments]
+        self._starts = [0, *np.cumsum(rows_each).tolist()]
+        self._partitions = partitions
+
+    def where(self, row: int) -> str:
+        """Names the file and row of a row given by its number in reading order."""
+        number = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return where(self._segments[number], row - self._starts[number])
+
+    def _sort(self) -> None:
+        mapping, names = self._mapping, tuple(segment["name"] for segment in self._segments)
+        kinds = self._logs[0].kinds
+        unit = kinds[mapping.time].removeprefix("timestamp[").removesuffix("]")
+        self._plan = SortPlan(
+            mapping,
+            names,
+            tuple(self._starts[:-1]),
+            UNITS_PER_SECOND[unit if kinds[mapping.time].startswith("timestamp") else mapping.time_unit],
+            kinds[mapping.user] == "text",
+        )
+        starts = np.stack([self._pieces.read(f"{name}.row-starts", np.int64) for name in names])
+        events = np.diff(starts, axis=1).sum(axis=0).tolist()
+        parts = shares_of(events, self._most)
+        tasks = [Task(part.name, (self._plan, part), events[part.number] // part.shares) for part in parts]
+        self._runs = [part.name for part in parts]
+        self._sorted = self._work.make("sorting", sort_part, tasks)
+        self._refuse()
+
+    def _refuse(self) -> None:
+        """Refuses what sorting has found wrong, naming the first row of its kind."""
+
+        def first(key: str) -> Any:
+            return min((run[key] for run in self._sorted if run[key] is not None), default=None)
+
+        if (row := first("unsorted")) is not None:
+            raise UserError(f"{self.where(row)}: time is before that of the same user's previous event")
+        if not any(run["users"] for run in self._sorted):
+            least = self._mapping.min_events
+            raise UserError(f"{self._logs[0].path}: no user is left with {least} events of such items")
+        self._origin = min(run["earliest"] for run in self._sorted if run["events"])
+        late, _, row = first("latest")
+        if -late - self._origin > _MAX_SPAN:
+            raise UserError(
+                f"{self.where(row)}: time is {-late - self._origin} s after the first event, over {_MAX_SPAN} s; "
+                "check the unit"
+            )
+        if (found := first("interrupted")) is not None:
+            raise UserError(
+                f"{self.where(found[1])}: the request was interrupted by another one of the same user; check times "
+                "and order"
+            )
+        for name in self._plan.user_features:
+            rows = [run["varying"][name] for run in self._sorted if run["varying"][name] is not None]
+            if rows:
+                raise UserError(f"{self.where(min(rows))}: {varies('user', name)}")
+
+    def _place_users(self) -> None:
+        """Numbers users by first appearance, and says where each run's users are."""
+        pieces, plan = self._pieces, self._plan
+        tables = [pieces.read(f"{run}.users", plan.user_type) for run in self._runs]
+        order = np.argsort(np.concatenate([table["first"] for table in tables]))
+        place = np.empty(len(order), np.int32)
+        place[order] = np.arange(len(order))
+        ends = np.cumsum([len(table) for table in tables])[:-1]
+        self._places = np.split(place, ends)
+        self._users = len(order)
+        counts = np.concatenate([table["count"] for table in tables])[order]
+        requests = np.concatenate([table["requests"] for table in tables])[order].astype(np.int64)
+        self._offsets = np.concatenate([[0], np.cumsum(counts)])
+        pieces.save("offsets", self._offsets)
+        pieces.save("requests", np.cumsum(requests) - requests)
+        for run, places in zip(self._runs, self._places):
+            pieces.save(f"{run}.places", places)
+        for name in plan.user_features:
+            column = np.concatenate([table[f"feature {name}"] for table in tables])[order]
+            self._save_array(f"users/{name}", column)
+        self._save_array("offsets", self._offsets)
+
+    def _merge(self) -> None:
+        """Writes the event columns, shard by shard."""
+        pieces, mapping, events = self._pieces, self._mapping, int(self._offsets[-1])
+        columns: dict[str, tuple[Any, tuple[int, ...]]] = {
+            "item": (np.int32, (events,)),
+            "time": (np.int32, (events,)),
+            "labels": (np.uint8, (events, len(mapping.labels))),
+        }
+        if mapping.request is not None:
+            columns["request"] = (np.int32, (events,))
+        columns |= {f.name: (np.int32, (events,)) for level, f in mapping.features if level == "event"}
+        pieces.create({f"dataset/events/{name}": column for name, column in columns.items()})
+        bounds = _shards(self._offsets, self._most)
+        for run, places in zip(self._runs, self._places):
+            pieces.save(f"{run}.bounds", np.searchsorted(places, bounds))
+        remap = self._renumber_items()
+        plan = MergePlan(self._plan, tuple(self._runs), self._origin, remap)
+        tasks = [
+            Task(f"shard-{n:06d}", (plan, n, first, stop), int(self._offsets[stop] - self._offsets[first]))
+            for n, (first, stop) in enumerate(itertools.pairwise(bounds.tolist()))
+        ]
+        self._work.make("writing", merge_users, tasks)
+
+    def _renumber_items(self) -> bool:
+        """Numbers anew the items that are left after ``min_events``; False if none can have gone."""
+        self._left: np.ndarray | None = None
+        if not self._mapping.min_events:
+            return False
+        left = [self._pieces.read(f"{run}.items", np.int64) for run in self._runs]
+        self._left = np.unique(np.concatenate(left))
+        table = np.zeros(int(self._left.max()) + 1, np.int32)
+        table[self._left] = np.arange(1, len(self._left) + 1)
+        self._pieces.save("item-renumbered", table)
+        return True
+
+    def _write_items(self) -> int:
+        """Writes the items' keys; how many there are."""
+        keys = self._pieces.keys("items.keys")
+        if self._left is not None:
+            keys = keys.take(pa.array(self._left - 1))
+        typed = self._logs[0].kinds[self._mapping.item] == "text"
+        typed |= any(table.text for table in self._tables if table.spec.level == "item")
+        self._write_keys("items", keys, not typed and are_integers(keys))
+        return len(keys)
+
+    def _write_features(self, categories: dict[str, int]) -> Iterator[Feature]:
+        """Writes what is left of the features that are columns of the log; their descriptions."""
+        for level, feature in self._mapping.features:
+            name = feature.name
+            if level == "item":
+                self._save_array(f"items/{name}", self._pieces.read(f"items.feature-{name}", np.int32))
+            keys = self._pieces.keys(f"feature-{name}.keys")
+            self._write_keys(f"features/{name}", keys, are_integers(keys))
+            yield Feature(name, categories[name] + 1, 1, level)
+
+    def _write_tables(self) -> Iterator[Feature]:
+        """Writes the features of side tables; their descriptions."""
+        for table in self._tables:
+            folder = FOLDERS[table.spec.level]
+            if table.spec.level == "item":
+                for categories, column in zip(table.categories, table.columns, strict=True):
+                    padding = np.zeros((1, *column.shape[1:]), np.int32)
+                    self._save_array(f"{folder}/{categories.feature.name}", np.concatenate([padding, column]))
+            for categories, column in zip(table.categories, table.columns, strict=True):
+                keys = pa.array(list(categories.vocabulary.ids), pa.string())
+                self._write_keys(f"features/{categories.feature.name}", keys, are_integers(keys))
+                width = column.shape[1] if column.ndim == 2 else 1
+                yield Feature(categories.feature.name, len(keys) + 1, width, table.spec.level)
+
+    def _write_users(self) -> None:
+        """Writes the users' keys, and their features from side tables."""
+        pieces, tables = self._pieces, [table for table in self._tables if table.spec.level == "user"]
+        names = {table: [f"dataset/users/{c.feature.name}" for c in table.categories] for table in tables}
+        for table in tables:
+            shapes = [(np.int32, (self._users, *column.shape[1:])) for column in table.columns]
+            pieces.create(dict(zip(names[table], shapes, strict=True)))
+        integers = all(run["integers"] for run in self._sorted if run["users"])
+        path = self._work.dataset / "keys/users.parquet"
+        with pq.ParquetWriter(path, key_table(pa.array([], pa.string()), 0, integers).schema) as writer:
+            for first, keys in self._user_keys():
+                writer.write_table(key_table(keys, first, integers))
+                for table in tables:
+                    for name, values in zip(names[table], table.features(keys.to_pylist()), strict=True):
+                        pieces.put(name, first, values)
+
+    def _user_keys(self) -> Iterator[tuple[int, Any]]:
+        """(first user, keys of the users from there on), in order."""
+        for first in range(0, self._users, _KEYS_AT_ONCE):
+            found, at = [], []
+            for run, places in zip(self._runs, self._places):
+                low, high = np.searchsorted(places, [first, first + _KEYS_AT_ONCE]).tolist()
+                found.append(self._pieces.keys(f"{run}.keys", low, high - low))
+                at.append(places[low:high])
+            yield first, pa.concat_arrays(found).take(pa.array(np.argsort(np.concatenate(at))))
+
+    def _write_keys(self, name: str, keys: Any, integers: bool) -> None:
+        path = self._work.dataset / f"keys/{name}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(key_table(keys, 1, integers), path)
+
+    def _save_array(self, name: str, values: np.ndarray) -> None:
+        path = self._work.dataset / f"{name}.npy"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, values)
 
 
-def _requests(user: np.ndarray, request: np.ndarray, order: np.ndarray, reader: _Reader) -> np.ndarray:
-    """Request ids [E] int32 counted along the sorted log; refuses a request whose events are not adjacent."""
-    key = user.astype(np.int64) * len(reader.requests) + request
-    starts = np.concatenate([[True], key[1:] != key[:-1]])
-    _, first = np.unique(key, return_index=True)
-    resumed = starts.copy()
-    resumed[first] = False
-    if resumed.any():
-        where = reader.where(int(order[np.argmax(resumed)]))
-        raise UserError(f"{where}: the request was interrupted by another one of the same user; check times and order")
-    return (np.cumsum(starts) - 1).astype(np.int32)
-
-
-def _write_labels(folder: Path, spool: _Spool, mapping: LogMapping, order: np.ndarray) -> None:
-    shape = (len(order), len(mapping.labels))
-    table = np.lib.format.open_memmap(folder / "events/labels.npy", mode="w+", dtype=np.uint8, shape=shape)
-    for column, label in enumerate(mapping.labels):
-        table[:, column] = spool.read(f"label {label.name}")[order]
-    table.flush()
-
-
-def _write_features(folder: Path, reader: _Reader, order: np.ndarray) -> tuple[Feature, ...]:
-    """Writes every feature table and its categories; returns their description for the schema."""
-    written: list[Feature] = []
-
-    def write(level: Level, categories: Categories, table: np.ndarray) -> None:
-        name = categories.feature.name
-        np.save(folder / _FOLDER[level] / f"{name}.npy", table)
-        pq.write_table(categories.vocabulary.table(), folder / f"keys/features/{name}.parquet")
-        width = table.shape[1] if table.ndim == 2 else 1
-        written.append(Feature(name, len(categories.vocabulary) + 1, width, level))
-
-    for level, categories in reader.categories:
-        column = reader.spool.read(f"feature {categories.feature.name}")
-        write(level, categories, column[order] if level == "event" else _fold(level, categories, column, reader))
-    for table in reader.tables:
-        ids: Any = reader.users if table.spec.level == "user" else reader.items
-        for categories, values in zip(table.categories, table.features(ids), strict=True):
-            write(table.spec.level, categories, values)
-    return tuple(written)
-
-
-def _fold(level: Level, categories: Categories, column: np.ndarray, reader: _Reader) -> np.ndarray:
-    """A log column that describes the user or item as a table by its id."""
-    ids = reader.users if level == "user" else reader.items
-    table, bad = constant_per_key(reader.spool.read(level), column, ids.first + len(ids))
-    if bad is not None:
-        name = categories.feature.name
-        raise UserError(f"{reader.where(bad)}: {level} feature {name!r} differs from the same {level}'s earlier event")
-    return table
+def _shards(offsets: np.ndarray, most: int) -> np.ndarray:
+    """Bounds [shards + 1] of runs of users with at most ``most`` events together, or of one user."""
+    bounds = [0]
+    while bounds[-1] < len(offsets) - 1:
+        first = bounds[-1]
+        bounds.append(max(first + 1, int(np.searchsorted(offsets, offsets[first] + most, side="right")) - 1))
+    return np.array(bounds)

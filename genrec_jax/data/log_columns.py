@@ -1,6 +1,7 @@
 """Columns of a chunk as checked numpy arrays. Every refusal names the file and the row."""
 
 from collections.abc import Callable
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,6 @@ class Vocabulary:
         self.first = first
         self.ids: dict[str, int] = {}
         self.sealed = False
-        self._typed_text = False
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -60,42 +60,34 @@ class Vocabulary:
         table = np.array([*codes, 0], np.int32)
         return table[encoded.indices.fill_null(len(distinct)).to_numpy(zero_copy_only=False)]
 
-    def note_kind(self, kind: str) -> None:
-        """Remembers that a source holds these keys as text, so that "7" is not given back as 7."""
-        self._typed_text |= kind == "text"
 
-    def keep(self, ids: np.ndarray) -> None:
-        """Drops all keys but those of the given ids (ascending), and numbers these anew in the same order."""
-        listed = list(self.ids)
-        self.ids = {listed[old - self.first]: new for new, old in enumerate(ids.tolist(), self.first)}
-
-    def table(self) -> Any:
-        """Arrow table (id int32, key): keys are integers if all are written as integers, else text."""
-        keys = pa.array(list(self.ids), pa.string())
-        if not self._typed_text:
-            keys = _as_integers(keys)
-        return pa.table({"id": pa.array(np.arange(self.first, self.first + len(self), dtype=np.int32)), "key": keys})
+def key_table(keys: Any, first: int, integers: bool) -> Any:
+    """Arrow table (id int32 from ``first`` on, key) of texts, which are written as ``integers`` if told so."""
+    ids = pa.array(np.arange(first, first + len(keys), dtype=np.int32))
+    return pa.table({"id": ids, "key": keys.cast(pa.int64()) if integers else keys})
 
 
-def _as_integers(keys: Any) -> Any:
-    """The keys as int64 if that loses nothing ("007" is not an integer), else unchanged."""
+def are_integers(keys: Any) -> bool:
+    """Whether all texts of an Arrow array are integers, and nothing is lost as such ("007" is not an integer)."""
     try:
-        numbers = keys.cast(pa.int64())
+        return bool(keys.cast(pa.int64()).cast(pa.string()).equals(keys))
     except pa.ArrowInvalid:
-        return keys
-    return numbers if numbers.cast(pa.string()).equals(keys) else keys
+        return False
 
 
 def keys(chunk: Chunk, column: str, role: str, vocabulary: Vocabulary) -> np.ndarray:
-    """Ids [rows] int32 of a user, item or request column; refuses a missing key and one outside the catalogue."""
-    array = chunk.columns[column]
+    """Ids [rows] int32 of a column of keys; refuses a missing one."""
     _refuse_null(chunk, column, role)
-    ids = vocabulary.encode(array)
-    unknown = np.flatnonzero(ids < 0)
-    if len(unknown):
-        row = int(unknown[0])
-        raise UserError(f"{chunk.where(row)}: {role} {array[row].as_py()!r} is not in the {role} table")
-    return ids
+    return vocabulary.encode(chunk.columns[column])
+
+
+def hashes(chunk: Chunk, column: str, role: str) -> np.ndarray:
+    """64-bit hashes [rows] uint64 of a column of keys' texts; refuses a missing key."""
+    _refuse_null(chunk, column, role)
+    encoded = chunk.columns[column].dictionary_encode()
+    distinct = encoded.dictionary.cast(pa.string()).to_pylist()
+    table = np.array([int.from_bytes(blake2b(key.encode(), digest_size=8).digest()) for key in distinct], np.uint64)
+    return table[encoded.indices.to_numpy(zero_copy_only=False)]
 
 
 def whole_numbers(chunk: Chunk, column: str, role: str) -> np.ndarray:

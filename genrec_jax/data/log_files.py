@@ -10,8 +10,9 @@ import dataclasses
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
@@ -20,17 +21,32 @@ from genrec_jax.errors import UserError
 
 CHUNK_ROWS = 1 << 18
 _LINE_BYTES = 64
+_SHORT_LINE = 16  # bytes
+
+
+class Position(NamedTuple):
+    """A place in a file between two rows: byte (of text) and the number of the next row (of the line, for text);
+    ``blank``: the number of a blank line before it, which must be the end of the file, or 0."""
+
+    byte: int = 0
+    next: int = 1
+    blank: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """Some consecutive rows of one file; ``first`` is the number of the first row (of the line, for text)."""
+    """Some consecutive rows of one file; ``first`` is the number of the first row (of the line, for text).
+
+    end: where the next chunk begins. size: the chunk's share of the file in bytes.
+    """
 
     path: Path
     unit: str
     first: int
     columns: Mapping[str, pa.Array]
     rows: int
+    end: Position
+    size: int
 
     def where(self, row: int) -> str:
         """Names row ``row`` (0-based within the chunk) to the user: ``log.csv, line 7``."""
@@ -71,12 +87,18 @@ class LogFile:
     rows: int | None
     header: bool = True
 
-    def chunks(self, chunk_rows: int = CHUNK_ROWS) -> Iterator[Chunk]:
-        """Chunks of ``chunk_rows`` rows (text: lines of 64 bytes) in file order, holding the columns of ``kinds``."""
+    @property
+    def most_rows(self) -> int:
+        """The number of rows, or what a text file of its size can hardly hold more of."""
+        return self.rows if self.rows is not None else self.path.stat().st_size // _SHORT_LINE + 1
+
+    def chunks(self, chunk_rows: int = CHUNK_ROWS, start: Position | None = None) -> Iterator[Chunk]:
+        """Chunks of ``chunk_rows`` rows (text: lines of 64 bytes) in file order, holding the columns of ``kinds``;
+        from the ``end`` of an earlier chunk on, if ``start`` is given."""
         columns = list(self.kinds)
         if self.path.suffix == ".parquet":
-            return _parquet_chunks(self.path, columns, chunk_rows)
-        return _text_chunks(self.path, _text_format(self.path, self.header), columns, chunk_rows)
+            return _parquet_chunks(self.path, columns, chunk_rows, start or Position())
+        return _text_chunks(self.path, _text_format(self.path, self.header), columns, chunk_rows, start)
 
 
 def _text_format(path: Path, header: bool) -> _TextFormat:
@@ -139,15 +161,25 @@ def _parquet_schema(path: Path) -> tuple[Any, int]:
         raise UserError(f"{path} is not a readable parquet file (truncated?): {_one_line(error)}") from None
 
 
-def _parquet_chunks(path: Path, columns: list[str], chunk_rows: int) -> Iterator[Chunk]:
-    first = 1
+def _parquet_chunks(path: Path, columns: list[str], chunk_rows: int, start: Position) -> Iterator[Chunk]:
+    first = start.next
     try:
         # Pages are read as they are needed: a file of one huge row group must not be held at once.
         with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
-            for batch in file.iter_batches(chunk_rows, columns=columns, use_threads=False):
-                arrays = {name: _plain(batch.column(name)) for name in columns}
-                yield Chunk(path, "row", first, arrays, batch.num_rows)
-                first += batch.num_rows
+            sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+            ends = np.cumsum(sizes)
+            row_bytes = path.stat().st_size / int(ends[-1])
+            group = int(np.searchsorted(ends, first - 1, side="right"))
+            skip = first - 1 - int(ends[group] - sizes[group]) if group < len(sizes) else 0
+            groups = list(range(group, len(sizes)))
+            for batch in file.iter_batches(chunk_rows, row_groups=groups, columns=columns, use_threads=False):
+                skipped, skip = min(skip, batch.num_rows), max(skip - batch.num_rows, 0)
+                rows = batch.num_rows - skipped
+                if rows:
+                    arrays = {name: _plain(batch.column(name).slice(skipped)) for name in columns}
+                    size = int((first - 1 + rows) * row_bytes) - int((first - 1) * row_bytes)
+                    yield Chunk(path, "row", first, arrays, rows, Position(next=first + rows), size)
+                first += rows
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read after row {first - 1}: {_one_line(error)}") from None
 
@@ -188,23 +220,31 @@ def _decoded(data: bytes, form: _TextFormat, path: Path, first: int) -> str:
         raise UserError(f"{path}, line {line} is not {form.encoding.upper()} text") from None
 
 
-def _text_chunks(path: Path, form: _TextFormat, columns: list[str], chunk_rows: int) -> Iterator[Chunk]:
-    blank = None  # the number of a blank line that must be the file's end
+def _text_chunks(
+    path: Path, form: _TextFormat, columns: list[str], chunk_rows: int, start: Position | None
+) -> Iterator[Chunk]:
     with path.open("rb") as file:
         header, first = _header(file, form, path)
+        blank = 0  # the number of a blank line that must be the file's end
+        if start is not None:
+            file.seek(start.byte)
+            first, blank = start.next, start.blank
+        begin = file.tell() if start is not None else 0
         # Blocks are measured in bytes: lines of any length must not make a chunk large.
         while lines := file.readlines(chunk_rows * _LINE_BYTES):
             count = len(lines)
             while lines and not lines[-1].strip():
                 lines.pop()
-            if lines and blank is not None:
+            if lines and blank:
                 raise UserError(f"{path}, line {blank} is blank")
+            if len(lines) < count and not blank:
+                blank = first + len(lines)
             if lines:
                 table = _parse(lines, form, header, columns, path, first)
                 arrays = {name: table.column(name).combine_chunks() for name in columns}
-                yield Chunk(path, "line", first, arrays, len(lines))
-            if len(lines) < count and blank is None:
-                blank = first + len(lines)
+                end = Position(file.tell(), first + count, blank)
+                yield Chunk(path, "line", first, arrays, len(lines), end, end.byte - begin)
+                begin = end.byte
             first += count
 
 

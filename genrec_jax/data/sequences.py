@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import tempfile
@@ -17,10 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from genrec_jax.data.schema import Schema
+from genrec_jax.data.schema import Level, Schema
 from genrec_jax.errors import UserError
 
 FORMAT = 2
+SCAN_EVENTS = 1 << 20
 _CHUNK_BYTES = 1 << 24
 
 
@@ -54,8 +56,25 @@ class Sequences:
     def events(self) -> int:
         return len(self.item)
 
+    def scan(self, *names: str) -> Iterator[tuple[int, tuple[np.ndarray, ...]]]:
+        """:func:`scan` of event columns: ``item``, ``time``, ``labels`` or ``request``."""
+        return scan(*(getattr(self, name) for name in names))
 
-_FOLDER = {"user": "users", "item": "items", "event": "events"}
+
+def scan(*columns: np.ndarray) -> Iterator[tuple[int, tuple[np.ndarray, ...]]]:
+    """Columns of equal length from first to last row, ``SCAN_EVENTS`` rows at a time.
+
+    Yields the number of the first row and the columns from there on. Memory stays small however long mapped columns
+    are: pages that were read do not stay resident.
+    """
+    for first in range(0, len(columns[0]), SCAN_EVENTS):
+        yield first, tuple(np.asarray(column[first : first + SCAN_EVENTS]) for column in columns)
+        for column in columns:
+            if isinstance(column.base, mmap.mmap):
+                column.base.madvise(mmap.MADV_DONTNEED)
+
+
+FOLDERS: Mapping[Level, str] = {"user": "users", "item": "items", "event": "events"}
 
 
 def load(path: str | Path) -> Sequences:
@@ -81,7 +100,7 @@ def load(path: str | Path) -> Sequences:
         time=column("events/time"),
         labels=column("events/labels"),
         request=column("events/request") if record["has_requests"] else None,
-        features={f.name: column(f"{_FOLDER[f.level]}/{f.name}") for f in schema.features},
+        features={f.name: column(f"{FOLDERS[f.level]}/{f.name}") for f in schema.features},
         path=path,
     )
     _check(sequences)
@@ -95,6 +114,13 @@ def digest_of(path: str | Path) -> str:
     and a synthetic world's truth do not count: nothing is trained or evaluated on them. Raises UserError as ``load``.
     """
     return _manifest(Path(path))["digest"]
+
+
+def verify(path: str | Path) -> None:
+    """Reads all of a dataset folder. Raises UserError as ``load``, or if its content is not what was written."""
+    data = load(path)
+    if (found := _digest(data.path, data.schema, data.origin)) != data.digest:
+        raise UserError(f"{path} is damaged: the digest of its content is {found}, but {data.digest} when it was made")
 
 
 _KEYS: Mapping[str, type] = {
@@ -130,7 +156,7 @@ def _manifest(path: Path) -> dict[str, Any]:
 def _schema(record: Mapping[str, Any], path: Path) -> Schema:
     try:
         schema = Schema.from_json(record["schema"])
-        valid = isinstance(schema.items, int) and all(f.level in _FOLDER for f in schema.features)
+        valid = isinstance(schema.items, int) and all(f.level in FOLDERS for f in schema.features)
     except (KeyError, TypeError):
         valid = False
     if not valid:
@@ -154,7 +180,7 @@ def _check(sequences: Sequences) -> None:
     for feature in schema.features:
         if len(sequences.features[feature.name]) != sizes[feature.level]:
             raise UserError(f"{path} is damaged: feature {feature.name!r} does not have one row per {feature.level}")
-    if events and not 1 <= int(sequences.item.min()) <= int(sequences.item.max()) < schema.items:
+    if any(item.min() < 1 or item.max() >= schema.items for _, (item,) in sequences.scan("item")):
         raise UserError(f"{path} is damaged: it has item ids outside 1 to {schema.items - 1}")
 
 
@@ -165,22 +191,28 @@ def writing(out: str | Path) -> Iterator[Path]:
     A dataset that is there already is deleted last, so a complete one, old or new, is always on disk; a kill between
     the two renames leaves the old one beside ``out`` as a hidden folder that ends in ``.old``.
     """
-    out = Path(out)
-    if out.exists() and not (out / "dataset.json").is_file() and any(out.iterdir() if out.is_dir() else [out]):
-        raise UserError(f"{out} exists and is not a dataset folder; nothing was written")
-    out = out.resolve()  # a link stays, and what it points to is replaced
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out = claimed(out)
     scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         yield scratch
         os.chmod(scratch, 0o755)
-        _replace(out, scratch)
+        replace(out, scratch)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
 
 
-def _replace(out: Path, scratch: Path) -> None:
+def claimed(out: str | Path) -> Path:
+    """Where a dataset named ``out`` is to be written. Raises UserError if something else is there."""
+    out = Path(out)
+    if out.exists() and not (out / "dataset.json").is_file() and any(out.iterdir() if out.is_dir() else [out]):
+        raise UserError(f"{out} exists and is not a dataset folder; nothing was written")
+    out = out.resolve()  # a link stays, and what it points to is replaced
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def replace(out: Path, scratch: Path) -> None:
     """Renames ``scratch`` to ``out``. A folder with content cannot be renamed over, so the old one steps aside."""
     if not out.exists():
         os.rename(scratch, out)
@@ -254,7 +286,7 @@ def save(
             np.save(folder / "events/request.npy", np.asarray(request, np.int32))
         for feature in schema.features:
             table = np.asarray((features or {})[feature.name], np.int32)
-            np.save(folder / _FOLDER[feature.level] / f"{feature.name}.npy", table)
+            np.save(folder / FOLDERS[feature.level] / f"{feature.name}.npy", table)
         write_manifest(
             folder,
             name=name,

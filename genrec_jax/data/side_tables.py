@@ -34,7 +34,7 @@ class Categories:
 
 
 class LoadedTable:
-    """A side table in memory: its rows' key ids and category ids.
+    """A side table in memory: its rows' key ids and category ids. text: whether its keys are typed as text.
 
     Reading an item table fills and seals the item vocabulary. A user table has keys of its own until
     :meth:`features` joins it with the users of the log.
@@ -48,12 +48,12 @@ class LoadedTable:
         roles[table.key] = "key"
         file = open_log(table.file, roles)
         check_kinds(file, roles)
-        self.vocabulary.note_kind(file.kinds[table.key])
+        self.text = file.kinds[table.key] == "text"
         blocks = [self._read(chunk) for chunk in file.chunks()]
         if not blocks:
             raise UserError(f"{table.file} has no rows")
         self.vocabulary.sealed = True
-        self._columns = [_stack(column) for column in zip(*blocks)]
+        self.columns = [_stack(column) for column in zip(*blocks)]
 
     def _read(self, chunk: Chunk) -> list[np.ndarray]:
         before = len(self.vocabulary)
@@ -66,14 +66,14 @@ class LoadedTable:
             raise UserError(f"{chunk.where(row)}: key {value!r} is already in the table")
         return [categories.encode(chunk) for categories in self.categories]
 
-    def features(self, ids: Vocabulary) -> list[np.ndarray]:
-        """Tables [first id + keys] or [.., width] int32 by the ids of ``ids``, 0 where the side table has no row."""
-        rows = np.array([self.vocabulary.ids.get(key, -1) for key in ids.ids], np.int64)
+    def features(self, keys: Sequence[str]) -> list[np.ndarray]:
+        """The features' rows [keys] or [keys, width] int32 of some keys, 0 where the side table has no row."""
+        rows = np.array([self.vocabulary.ids.get(key, -1) for key in keys], np.int64)
         known = rows >= 0
         tables = []
-        for column in self._columns:
-            table = np.zeros((ids.first + len(rows), *column.shape[1:]), np.int32)
-            table[ids.first :][known] = column[rows[known] - self.vocabulary.first]
+        for column in self.columns:
+            table = np.zeros((len(rows), *column.shape[1:]), np.int32)
+            table[known] = column[rows[known] - self.vocabulary.first]
             tables.append(table)
         return tables
 

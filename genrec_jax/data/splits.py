@@ -28,6 +28,19 @@ class Split:
         index = PARTS.index(part)
         return self.bounds[index], self.bounds[index + 1]
 
+    def holds(self, part: Part, first: int, count: int) -> np.ndarray:
+        """[count] bool: which of the events from ``first`` on are in the part."""
+        return in_ranges(*self.ranges(part), first, count)
+
+
+def in_ranges(start: np.ndarray, stop: np.ndarray, first: int, count: int) -> np.ndarray:
+    """[count] bool: which of the events from ``first`` on are in a range ``start[i]:stop[i]``; ranges ascend."""
+    edges = np.zeros(count + 1, np.int64)
+    near = slice(int(np.searchsorted(stop, first, "right")), int(np.searchsorted(start, first + count)))
+    np.add.at(edges, np.maximum(start[near] - first, 0), 1)
+    np.add.at(edges, np.minimum(stop[near] - first, count), -1)
+    return np.cumsum(edges[:-1]) > 0
+
 
 def split_by_time(sequences: Sequences, validation: float, test: float) -> Split:
     """Splits all events by two times, so that the parts hold about ``1 - validation - test``, ``validation``, ``test``.
@@ -38,12 +51,11 @@ def split_by_time(sequences: Sequences, validation: float, test: float) -> Split
     events = sequences.events
     if events == 0:
         raise UserError(f"dataset {sequences.name!r} has no events")
-    time = np.asarray(sequences.time)
     ranks = [min(round(share * events), events - 1) for share in (1 - validation - test, 1 - test)]
-    boundaries = np.partition(time, ranks)[ranks]
+    boundaries = [_ranked_time(sequences, rank) for rank in ranks]
     first, last = sequences.offsets[:-1], sequences.offsets[1:]
     # A user's events are in time order, so counting those before a boundary finds where the part begins.
-    cuts = [first + _count_per_user(time < boundary, sequences.offsets) for boundary in boundaries]
+    cuts = [first + count for count in _count_before(sequences, boundaries)]
     split = Split(np.stack([first, *cuts, last]).astype(np.int64))
     _refuse_empty(sequences, split, PARTS, "its times leave none; change data.validation or data.test")
     return split
@@ -85,10 +97,35 @@ def hash64(value: np.ndarray, salt: int | np.ndarray = 0) -> np.ndarray:
     return x
 
 
-def _count_per_user(flags: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """[U] number of true flags among each user's events (reduceat would miscount users without events)."""
-    total = np.concatenate([np.zeros(1, np.int64), np.cumsum(flags, dtype=np.int64)])
-    return total[offsets[1:]] - total[offsets[:-1]]
+def _ranked_time(sequences: Sequences, rank: int) -> int:
+    """The time at place ``rank`` (from 0) of all events' sorted times: counts of the high, then of the low 16 bits."""
+    found = 0
+    for shift in (16, 0):
+        counts = np.zeros(1 << 16, np.int64)
+        for _, (time,) in sequences.scan("time"):
+            bits = time.astype(np.int64) + 2**31  # ascending from 0
+            if shift == 0:
+                bits = bits[bits >> 16 == found]
+            counts += np.bincount(bits >> shift & 0xFFFF, minlength=1 << 16)
+        below = np.cumsum(counts)
+        place = int(np.searchsorted(below, rank, side="right"))
+        rank -= int(below[place - 1]) if place else 0
+        found = found << 16 | place
+    return found - 2**31
+
+
+def _count_before(sequences: Sequences, times: list[int]) -> list[np.ndarray]:
+    """For each of ``times`` the number [U] of every user's events before it."""
+    offsets = sequences.offsets
+    before = np.zeros((len(times), len(offsets)), np.int64)  # events before the time among all up to each offset
+    total = np.zeros(len(times), np.int64)
+    for first, (time,) in sequences.scan("time"):
+        inside = slice(*np.searchsorted(offsets, [first + 1, first + len(time) + 1]).tolist())
+        for number, boundary in enumerate(times):
+            count = total[number] + np.cumsum(time < boundary)
+            before[number, inside] = count[offsets[inside] - first - 1]
+            total[number] = count[-1]
+    return list(np.diff(before, axis=1))
 
 
 def _refuse_empty(sequences: Sequences, split: Split, parts: tuple[Part, ...], reason: str) -> None:

@@ -20,13 +20,13 @@ def describe(path: str | Path) -> dict[str, Any]:
     """
     data = load(path)
     lengths = np.diff(data.offsets)
-    first, last = int(data.time.min()), int(data.time.max())
-    rates = data.labels.mean(axis=0, dtype=np.float64)
+    first, last, labels, seen = _scanned(data)
+    rates = labels / data.events
     return {
         "name": data.name,
         "users": data.users,
         "items": data.schema.items - 1,
-        "items_seen": len(np.unique(data.item)),
+        "items_seen": int(seen.sum()),
         "events": data.events,
         "requests": _requests(data),
         "tasks": {task: float(rate) for task, rate in zip(data.schema.tasks, rates, strict=True)},
@@ -41,14 +41,30 @@ def describe(path: str | Path) -> dict[str, Any]:
     }
 
 
+def _scanned(data: Sequences) -> tuple[int, int, np.ndarray, np.ndarray]:
+    """(first time, last time, events with each label [A], which items have events [items] bool)."""
+    first, last, labels = 2**31, -(2**31), np.zeros(len(data.schema.tasks), np.int64)
+    seen = np.zeros(data.schema.items, bool)
+    for _, (time, label, item) in data.scan("time", "labels", "item"):
+        first, last = min(first, int(time.min())), max(last, int(time.max()))
+        labels += label.sum(axis=0, dtype=np.int64)
+        seen[item] = True
+    return first, last, labels, seen
+
+
 def _requests(data: Sequences) -> int | None:
     """Requests of all users: an id means nothing beyond its user, so runs of equal ids are counted user by user."""
     if data.request is None:
         return None
-    opens = np.ones(data.events, bool)
-    opens[1:] = data.request[1:] != data.request[:-1]
-    opens[data.offsets[:-1][np.diff(data.offsets) > 0]] = True
-    return int(opens.sum())
+    count, previous = 0, -1
+    users = data.offsets[:-1][np.diff(data.offsets) > 0]
+    for first, (request,) in data.scan("request"):
+        opens = np.ones(len(request), bool)
+        opens[1:] = request[1:] != request[:-1]
+        opens[0] = first == 0 or request[0] != previous
+        opens[users[slice(*np.searchsorted(users, [first, first + len(request)]))] - first] = True
+        count, previous = count + int(opens.sum()), request[-1]
+    return count
 
 
 def _utc(seconds: int) -> str:

@@ -10,7 +10,7 @@ import pytest
 from genrec_jax.data import sequences as folders
 from genrec_jax.data.importer import import_log
 from genrec_jax.data.log import parse_mapping
-from genrec_jax.data.sequences import digest_of, load, writing
+from genrec_jax.data.sequences import digest_of, load, verify, writing
 from genrec_jax.data.summary import describe
 from genrec_jax.data.synthetic import generate, preset
 from genrec_jax.errors import UserError
@@ -44,7 +44,7 @@ def test_digest_of_an_import_knows_labels_and_their_names_but_not_keys(tmp_path)
 def test_digest_of_a_world_is_of_its_finished_columns(tmp_path):
     world = preset("tiny", users=1100, requests=2)
     one = generate(world, tmp_path / "one", floor_requests=0)
-    two = generate(world, tmp_path / "two", processes=2, floor_requests=16)
+    two = generate(world, tmp_path / "two", workers=2, floor_requests=16)
     other = generate(preset("tiny", users=1100, requests=2, seed=1), tmp_path / "other", floor_requests=0)
     assert (one.name, two.name) == ("one", "two")
     assert one.digest == two.digest != other.digest
@@ -156,6 +156,24 @@ def test_damaged_columns_are_refused(tmp_path, column, values, named):
     file = tmp_path / f"d/{column}.npy"
     np.save(file, np.asarray(values).astype(np.load(file).dtype))
     assert named in refused(tmp_path / "d")
+
+
+def test_a_changed_value_is_found_when_all_is_read(tmp_path):
+    data = dataset(tmp_path / "d", TIMES)
+    verify(data.path)
+    file = tmp_path / "d/events/time.npy"
+    content = file.read_bytes()
+    file.write_bytes(content[:-4] + bytes([content[-4] ^ 1]) + content[-3:])
+    load(data.path)  # nothing that must fit together tells
+    with pytest.raises(UserError, match=f"d is damaged: .* but {data.digest} when it was made"):
+        verify(data.path)
+
+
+def test_a_short_column_is_refused(tmp_path):
+    dataset(tmp_path / "d", TIMES)
+    file = tmp_path / "d/events/time.npy"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert "events/time.npy" in refused(tmp_path / "d")
 
 
 def test_missing_column_is_refused(tmp_path):

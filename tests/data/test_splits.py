@@ -93,3 +93,24 @@ def test_hash_is_splitmix64():
     # First outputs of the published generator from state 0: 0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4.
     state = np.array([0, 0x9E3779B97F4A7C15], np.uint64)
     assert hash64(state).tolist() == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4]
+
+
+@pytest.mark.parametrize("events", [1, 5, 64])
+def test_boundaries_are_ranks_of_the_sorted_times_however_much_is_scanned_at_once(tmp_path, monkeypatch, events):
+    """Times far apart, so that the high and the low 16 bits both matter, and negative ones."""
+    rng = np.random.default_rng(0)
+    times = [np.sort(rng.integers(-(2**20), 2**30, size)) for size in rng.integers(0, 30, 25)]
+    times = [np.where(np.arange(len(time)) % 3 == 0, time // 2**18 * 2**18, time) for time in times]
+    data = dataset(tmp_path / "d", [np.sort(time).tolist() for time in times])
+    monkeypatch.setattr("genrec_jax.data.sequences.SCAN_EVENTS", events)
+    split = split_by_time(data, 0.2, 0.3)
+    order = np.sort(data.time)
+    boundaries = [order[round(share * data.events)] for share in (0.5, 0.7)]
+    for user, (first, last) in enumerate(itertools.pairwise(data.offsets)):
+        cuts = [first + int((data.time[first:last] < boundary).sum()) for boundary in boundaries]
+        assert split.bounds[:, user].tolist() == [first, *cuts, last]
+    for part in PARTS:
+        start, stop = split.ranges(part)
+        expected = np.concatenate([np.arange(a, b) for a, b in zip(start, stop)])
+        found = [split.holds(part, first, min(7, data.events - first)) for first in range(0, data.events, 7)]
+        assert np.flatnonzero(np.concatenate(found)).tolist() == expected.tolist()

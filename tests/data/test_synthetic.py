@@ -8,7 +8,7 @@ import pytest
 from genrec_jax.data.sequences import Sequences, load
 from genrec_jax.data.synthetic import PRESETS, World, floors, generate, oracle_probabilities, preset, read_world
 from genrec_jax.data.synthetic.exact import Stream, exp, log, sigmoid
-from genrec_jax.data.synthetic.tables import item_tables, label_logits, label_tables, popularity
+from genrec_jax.data.synthetic.tables import Popularity, item_tables, label_logits, label_tables, popularity_periods
 from genrec_jax.data.synthetic.world import SESSION_GAP
 from genrec_jax.errors import UserError
 
@@ -76,11 +76,11 @@ def test_same_bits_again_and_a_golden_checksum(tmp_path):
     assert digest.hexdigest()[:16] == "4fca64db7b4894d1"
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_shards_put_end_to_end_are_the_whole(tmp_path, processes):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_shards_put_end_to_end_are_the_whole(tmp_path, workers):
     whole = generate(THREE_BLOCKS, tmp_path / "whole", floor_requests=0)
     parts = [
-        generate(THREE_BLOCKS, tmp_path / str(i), processes=processes, shard=i, shards=2, floor_requests=0)
+        generate(THREE_BLOCKS, tmp_path / str(i), workers=workers, shard=i, shards=2, floor_requests=0)
         for i in range(2)
     ]
     assert sum(part.users for part in parts) == whole.users
@@ -139,6 +139,11 @@ def distributions(world: World) -> np.ndarray:
     result = np.zeros((world.periods, world.items + 1))
     np.add.at(result, (period, shown.item), probability)
     return result
+
+
+def popularity(world: World) -> Popularity:
+    items, masses = zip(*popularity_periods(world))
+    return Popularity(np.concatenate(items), np.concatenate(masses))
 
 
 def test_popularity_drifts_and_new_items_enter():
@@ -225,8 +230,8 @@ def test_unknown_preset_and_impossible_shard_are_refused(tmp_path):
         preset("huge")
     with pytest.raises(UserError, match="1 blocks"):
         generate(SMALL, tmp_path / "w", shards=2)
-    with pytest.raises(UserError, match="0 processes"):
-        generate(SMALL, tmp_path / "w", processes=0)
+    with pytest.raises(UserError, match="0 workers"):
+        generate(SMALL, tmp_path / "w", workers=0)
     assert not list(tmp_path.iterdir())
 
 

@@ -122,6 +122,11 @@ def test_bad_commands_are_one_sentence(log: Path, tmp_path: Path, capsys: pytest
         (["data", "synthetic", "--set", "noise=nan", "--out", out], "noise"),
         (["data", "synthetic", "--set", "base=1,x,2", "--out", out], "base=1,x,2"),
         (["data", "synthetic", "--set", "users=0", "--out", out], "users"),
+        (["data", "synthetic", "--events", "0", "--out", out], "--events"),
+        (["data", "synthetic", "--events", "9", "--set", "users=3", "--out", out], "give one of the two"),
+        (["data", "synthetic", "--preset", "tiny", "--workers", "0", "--out", out], "0 workers"),
+        (["data", "import", log, *COLUMNS, "--memory-mib", "0", "--out", out], "--memory-mib"),
+        (["data", "import", log, *COLUMNS, "--workers", "-1", "--out", out], "-1 workers"),
         (["data", "show", missing], "missing"),
         (["train", "--data", missing, "--model", "dlrm", "--out", out], "missing"),
         (["train", "--data", log.parent, "--model", "dlrm", "--out", out], "neither"),
@@ -176,8 +181,8 @@ def test_order_breaks_ties_of_time(tmp_path: Path) -> None:
 
 def test_any_size_of_a_world_can_be_set(tmp_path: Path) -> None:
     out = tmp_path / "mine"
-    given = ["users=30", "requests=3", "items=50", "noise=0.25", "tasks=click, buy", "base=-1,0.5"]
-    flags = [part for setting in given for part in ("--set", setting)]
+    given = ["requests=3", "items=50", "noise=0.25", "tasks=click, buy", "base=-1,0.5"]
+    flags = ["--events", "350", *(part for setting in given for part in ("--set", setting))]  # 30 users of 12 each
     main(["data", "synthetic", "--preset", "tiny", "--seed", "7", *flags, "--out", str(out), "--quiet"])
     data, world = load(out), read_world(out)
     assert (data.name, data.users, data.schema.tasks) == ("mine", 30, ("click", "buy"))

@@ -10,13 +10,14 @@ histories), M impressions, G domains, H = Z S, A tasks.
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from genrec_jax.data.sequences import Sequences, load
+from genrec_jax.data.sequences import Sequences, load, scan
+from genrec_jax.data.splits import in_ranges
 from genrec_jax.data.synthetic.tables import Items, Labels, item_tables, label_tables
 from genrec_jax.data.synthetic.world import SESSION_GAP, World
 from genrec_jax.errors import UserError
@@ -66,45 +67,52 @@ def truth(
     the dataset is not synthetic, a history does not end where the impression's request begins (or inside it), or a
     task's label is constant on the impressions.
     """
-    view = _view(dataset)
-    impressions, request_start = np.asarray(impressions, np.int64), np.asarray(request_start, np.int64)
+    return truths(dataset, impressions, request_start, (history,))[0]
+
+
+def truths(
+    dataset: Sequences | str | Path, impressions: np.ndarray, request_start: np.ndarray, histories: Iterable[int | None]
+) -> tuple[Truth, ...]:
+    """:func:`truth` for several histories."""
+    view, impressions, request_start = _view(dataset, impressions, request_start)
     labels = np.asarray(view.sequences.labels[impressions], np.float64)
     base = labels.mean(axis=0) if len(labels) else np.zeros(len(view.world.tasks))
     for name, rate in zip(view.world.tasks, base):
         if not 0 < rate < 1:
             raise UserError(f"task {name!r} has no entropy: its label is constant on the {len(labels)} impressions")
-    bayes = _bayes_probabilities(view, impressions, request_start, history)
     oracle = _oracle_probabilities(view, impressions)
     item = view.labels.rate.mean(axis=1)[view.kinds(impressions)]
 
     def ratio(target: np.ndarray, probability: np.ndarray) -> tuple[float, ...]:
         return tuple((_log_loss(target, probability) / _log_loss(base, base)).tolist())
 
-    return Truth(
-        history=history,
-        impressions=len(impressions),
-        tasks=view.world.tasks,
-        base_rate=tuple(base.tolist()),
-        item_ne=ratio(item, item),
-        bayes_ne=ratio(bayes, bayes),
-        oracle_ne=ratio(oracle, oracle),
-        bayes_realised=ratio(labels, bayes),
-        oracle_realised=ratio(labels, oracle),
-    )
+    def found(history: int | None) -> Truth:
+        bayes = _bayes_probabilities(view, impressions, request_start, history)
+        return Truth(
+            history=history,
+            impressions=len(impressions),
+            tasks=view.world.tasks,
+            base_rate=tuple(base.tolist()),
+            item_ne=ratio(item, item),
+            bayes_ne=ratio(bayes, bayes),
+            oracle_ne=ratio(oracle, oracle),
+            bayes_realised=ratio(labels, bayes),
+            oracle_realised=ratio(labels, oracle),
+        )
+
+    return tuple(found(history) for history in histories)
 
 
 def bayes_probabilities(
     dataset: Sequences | str | Path, impressions: np.ndarray, request_start: np.ndarray, history: int | None = None
 ) -> np.ndarray:
     """[M, A] float64 P(label = 1 | what may be seen), arguments and errors as in :func:`truth`."""
-    return _bayes_probabilities(
-        _view(dataset), np.asarray(impressions, np.int64), np.asarray(request_start, np.int64), history
-    )
+    return _bayes_probabilities(*_view(dataset, impressions, request_start), history)
 
 
 def oracle_probabilities(dataset: Sequences | str | Path, impressions: np.ndarray) -> np.ndarray:
     """[M, A] float64 P(label = 1 | hidden state, item) of the events ``impressions`` [M]."""
-    return _oracle_probabilities(_view(dataset), np.asarray(impressions, np.int64))
+    return _oracle_probabilities(*_view(dataset, impressions, impressions)[:2])
 
 
 def read_world(path: str | Path) -> World:
@@ -118,7 +126,7 @@ def read_world(path: str | Path) -> World:
 
 @dataclasses.dataclass(frozen=True)
 class _View:
-    """A dataset with the tables of its world."""
+    """Some users of a dataset, in memory, with the tables of their world."""
 
     sequences: Sequences
     world: World
@@ -159,7 +167,13 @@ class _View:
         return belief
 
 
-def _view(dataset: Sequences | str | Path) -> _View:
+def _view(
+    dataset: Sequences | str | Path, impressions: np.ndarray, request_start: np.ndarray
+) -> tuple[_View, np.ndarray, np.ndarray]:
+    """The users of the impressions, and the two lists of events by their numbers among those users' events.
+
+    The users' events are copied: of a column that is mapped, a look-up here and there leaves far more pages resident.
+    """
     sequences = dataset if isinstance(dataset, Sequences) else load(dataset)
     world = read_world(sequences.path)
     file = sequences.path / "truth/state.npy"
@@ -167,7 +181,30 @@ def _view(dataset: Sequences | str | Path) -> _View:
         state = np.load(file, mmap_mode="r")
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read: {error}") from None
-    return _View(sequences, world, label_tables(world), item_tables(world), state)
+    impressions, request_start = np.asarray(impressions, np.int64), np.asarray(request_start, np.int64)
+    _check_request(sequences, impressions, request_start)
+    owners = [_users(sequences, event) for event in (impressions, request_start)]
+    users = np.unique(np.concatenate(owners))
+    start, stop = sequences.offsets[users], sequences.offsets[users + 1]
+    offsets = np.concatenate([[0], np.cumsum(stop - start)])
+    moved = [
+        event - sequences.offsets[owner] + offsets[np.searchsorted(users, owner)]
+        for event, owner in zip((impressions, request_start), owners)
+    ]
+    assert sequences.request is not None
+    columns = (sequences.item, sequences.time, sequences.labels, sequences.request, state)
+    blocks = [
+        [part[chosen] for part in parts]
+        for first, parts in scan(*columns)
+        if (chosen := in_ranges(start, stop, first, len(parts[0]))).any()
+    ]
+    blocks.append([column[:0] for column in columns])
+    item, time, labels, request, state = (np.concatenate(column) for column in zip(*blocks))
+    features = {**sequences.features, "region": sequences.features["region"][users]}
+    some = dataclasses.replace(
+        sequences, offsets=offsets, item=item, time=time, labels=labels, request=request, features=features
+    )
+    return _View(some, world, label_tables(world), item_tables(world), state), *moved
 
 
 def _oracle_probabilities(view: _View, impressions: np.ndarray) -> np.ndarray:
@@ -177,7 +214,6 @@ def _oracle_probabilities(view: _View, impressions: np.ndarray) -> np.ndarray:
 def _bayes_probabilities(
     view: _View, impressions: np.ndarray, request_start: np.ndarray, history: int | None
 ) -> np.ndarray:
-    _check_request(view.sequences, impressions, request_start)
     if history is not None and history < 0:
         raise UserError(f"a history of {history} events is impossible")
     stops, row = np.unique(request_start, return_inverse=True)

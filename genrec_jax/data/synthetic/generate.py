@@ -1,27 +1,27 @@
-"""Writes a synthetic world as a dataset folder, block of users by block, into memory-mapped columns.
+"""Writes a synthetic world as a dataset folder, block of users by block, each into its place in the columns.
 
 Beside the usual columns the folder holds ``truth/type.npy`` [U, G], the types of a user in each domain,
 ``truth/state.npy`` [E], type * S + interest in the domain of the event's item, and ``truth.json``: the world's
 parameters, the shard, and the floors on the test part of the standard time split.
 """
 
-import concurrent.futures
 import dataclasses
 import functools
 import json
-import multiprocessing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from genrec_jax.data.pieces import Extent, Pieces
 from genrec_jax.data.schema import Feature, Schema
-from genrec_jax.data.sequences import Sequences, load, write_manifest, writing
+from genrec_jax.data.sequences import FORMAT, Sequences, load, write_manifest
 from genrec_jax.data.splits import split_by_time
-from genrec_jax.data.synthetic.bayes import Truth, read_world, truth
+from genrec_jax.data.synthetic.bayes import Truth, read_world, truths
 from genrec_jax.data.synthetic.exact import Stream, log
-from genrec_jax.data.synthetic.tables import Items, Labels, Popularity, item_tables, label_tables, popularity
+from genrec_jax.data.synthetic.tables import Items, Labels, Popularity, item_tables, label_tables, popularity_periods
 from genrec_jax.data.synthetic.world import LONGEST, SESSION_GAP, SHORT_GAP, World
+from genrec_jax.data.work import Advance, Task, making
 from genrec_jax.errors import UserError
 
 __all__ = ["FLOOR_HISTORIES", "Floors", "floors", "generate", "schema"]
@@ -35,18 +35,24 @@ _MINIMUM_GAP = 30
 
 
 def generate(
-    world: World, out: str | Path, *, processes: int = 1, shard: int = 0, shards: int = 1, floor_requests: int = 4096
+    world: World,
+    out: str | Path,
+    *,
+    workers: int = 1,
+    shard: int = 0,
+    shards: int = 1,
+    floor_requests: int = 4096,
+    quiet: bool = True,
 ) -> Sequences:
     """Writes the users of one shard (of all, by default) to the dataset folder ``out``, whose name it takes.
 
     Shards are contiguous runs of user blocks with the same items, types and tables; put end to end, they are the
-    unsharded world. processes: how many write blocks at once; the result does not depend on it. floor_requests: floors
-    are computed on at most this many requests of the test part (0: none). Memory: writing takes about 200 MB and the
-    popularity's table (25 bytes per item and period) per process; the floors' time split takes 20 bytes per event, so
-    beyond a few hundred million events use shards. Raises UserError for an impossible shard.
+    unsharded world. workers: processes that write blocks; the result does not depend on it. A run that was killed goes
+    on where it was (``data/work.py``). floor_requests: floors are computed on at most this many requests of the test
+    part (0: none). Memory, however many events: a block (about 0.3 KB per event of 1024 users) and the popularity's
+    table (12 bytes per item and period, shared) per worker, and 60 bytes per user. Raises UserError for an impossible
+    shard.
     """
-    if processes < 1:
-        raise UserError(f"{processes} processes cannot write a dataset")
     blocks = -(-world.users // BLOCK)
     if not 0 <= shard < shards <= blocks:
         raise UserError(f"shard {shard} of {shards} is impossible: this world has {blocks} blocks of {BLOCK} users")
@@ -54,23 +60,30 @@ def generate(
     jobs = range(first, last)
     counts = np.concatenate([_request_counts(_stream(world, b), world, _block_users(world, b)) for b in jobs])
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts * world.candidates)])
-    with writing(out) as folder:
-        _create(folder, world, offsets)
-        write = functools.partial(_write_block, world, folder, first)
-        if processes == 1:
-            for block in jobs:
-                write(block)
-        else:
-            context = multiprocessing.get_context("spawn")  # forking a process that runs jax's threads may deadlock
-            with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
-                list(pool.map(write, jobs))
+    record: dict[str, Any] = {"world": world.to_json(), "shard": shard, "shards": shards}
+    with making(out, {"format": FORMAT, **record}, workers=workers, quiet=quiet) as work:
+        _create(work.pieces, world, offsets)
+        work.make("popularity", _write_popularity, [Task("popularity", (world,), world.periods)], noun="")
+        bounds = offsets[np.minimum(np.arange(last - first + 1) * BLOCK, len(offsets) - 1)].tolist()
+        users = [(block - first) * BLOCK for block in jobs]
+        work.make(
+            "generating",
+            _write_block,
+            [
+                Task(f"block-{block:06d}", (world, block, user, start, stop - start), stop - start)
+                for block, user, start, stop in zip(jobs, users, bounds, bounds[1:])
+            ],
+        )
+        work.close()
+        folder = work.dataset
         source = {"synthetic": world.to_json(), "shard": shard, "shards": shards}
-        name = Path(out).name
-        write_manifest(folder, name=name, schema=schema(world), origin=_ORIGIN, has_requests=True, source=source)
-        record: dict[str, Any] = {"world": world.to_json(), "shard": shard, "shards": shards}
+        with work.showing("hashing"):
+            name = Path(out).name
+            write_manifest(folder, name=name, schema=schema(world), origin=_ORIGIN, has_requests=True, source=source)
         (folder / "truth.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         if floor_requests:
-            record |= floors(load(folder), requests=floor_requests).to_json()
+            with work.showing("floors"):
+                record |= floors(load(folder), requests=floor_requests).to_json()
             (folder / "truth.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return load(out)
 
@@ -98,12 +111,13 @@ def floors(sequences: Sequences, *, validation: float = 0.1, test: float = 0.1, 
     user = np.searchsorted(begins, chosen, side="right") - 1
     request = np.repeat(start[user] + (chosen - begins[user]) * k, k)
     impressions = request + np.tile(np.arange(k), len(chosen))
+    shown = sequences.item[impressions]
     seen = np.zeros(sequences.schema.items, bool)
-    for first, last in zip(*split.ranges("train")):
-        seen[sequences.item[first:last]] = True
+    for first, (item,) in sequences.scan("item"):
+        seen[item[split.holds("train", first, len(item))]] = True
     return Floors(
-        truths=tuple(truth(sequences, impressions, request, history) for history in FLOOR_HISTORIES),
-        unseen_items=float(1 - seen[sequences.item[impressions]].mean()),
+        truths=truths(sequences, impressions, request, FLOOR_HISTORIES),
+        unseen_items=float(1 - seen[shown].mean()),
     )
 
 
@@ -114,18 +128,16 @@ def schema(world: World) -> Schema:
     return Schema(items=world.items + 1, tasks=world.tasks, features=features)
 
 
-def _create(folder: Path, world: World, offsets: np.ndarray) -> None:
+def _create(pieces: Pieces, world: World, offsets: np.ndarray) -> None:
     """Empty columns of their final size, and the tables that do not depend on blocks."""
-    for sub in ("events", "users", "items", "truth"):
-        (folder / sub).mkdir()
+    pieces.create({f"dataset/{name}": column for name, column in _columns(world, offsets).items()})
+    np.save(pieces.folder / "dataset/offsets.npy", offsets)
+    (pieces.folder / "dataset/items").mkdir(exist_ok=True)
+    np.save(pieces.folder / "dataset/items/category.npy", item_tables(world).category)
+
+
+def _columns(world: World, offsets: np.ndarray) -> dict[str, tuple[type, tuple[int, ...]]]:
     users, events = len(offsets) - 1, int(offsets[-1])
-    np.save(folder / "offsets.npy", offsets)
-    np.save(folder / "items/category.npy", item_tables(world).category)
-    for name, (dtype, shape) in _columns(world, users, events).items():
-        np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=dtype, shape=shape).flush()
-
-
-def _columns(world: World, users: int, events: int) -> dict[str, tuple[type, tuple[int, ...]]]:
     return {
         "users/region": (np.int32, (users,)),
         "truth/type": (np.uint16, (users, world.domains)),
@@ -137,22 +149,38 @@ def _columns(world: World, users: int, events: int) -> dict[str, tuple[type, tup
     }
 
 
-def _write_block(world: World, folder: Path, first: int, block: int) -> None:
-    """Draws one block of users and writes it in its place; ``first`` is the shard's first block."""
-    offsets = np.load(folder / "offsets.npy", mmap_mode="r")
-    begin = (block - first) * BLOCK
-    end = min(begin + BLOCK, len(offsets) - 1)
-    columns = _draw_block(world, block, *_tables(world))
+def _write_popularity(pieces: Pieces, world: World, *, advance: Advance) -> tuple[dict[str, Any], list[Extent]]:
+    """Once for all workers, which map it."""
+    sizes: list[int] = []
+    for number, (item, mass) in enumerate(popularity_periods(world)):
+        pieces.write("popularity.item", item, sum(sizes) * item.itemsize if number else None)
+        pieces.write("popularity.mass", mass, sum(sizes) * mass.itemsize if number else None)
+        sizes.append(len(item))
+        advance(1, 0)
+    return {"events": 0}, [pieces.extent(name) for name in ("popularity.item", "popularity.mass")]
+
+
+def _write_block(
+    pieces: Pieces, world: World, block: int, user: int, start: int, events: int, *, advance: Advance
+) -> tuple[dict[str, Any], list[Extent]]:
+    """Draws one block of users, and writes it from the dataset's ``user`` and event ``start`` on."""
+    columns = _draw_block(world, block, *_tables(world, pieces))
+    extents = []
     for name, values in columns.items():
         per_user = name in ("users/region", "truth/type")
-        span = slice(begin, end) if per_user else slice(int(offsets[begin]), int(offsets[end]))
-        np.load(folder / f"{name}.npy", mmap_mode="r+")[span] = values
+        extents.append(pieces.put(f"dataset/{name}", user if per_user else start, values))
+    advance(events, events)
+    return {"events": events}, extents
 
 
 @functools.lru_cache(maxsize=1)
-def _tables(world: World) -> tuple[Labels, Items, Popularity]:
+def _tables(world: World, pieces: Pieces) -> tuple[Labels, Items, Popularity]:
     """Once per process."""
-    return label_tables(world), item_tables(world), popularity(world)
+    shown = Popularity(
+        np.memmap(pieces.folder / "popularity.item", np.int32, "r"),
+        np.memmap(pieces.folder / "popularity.mass", np.float64, "r"),
+    )
+    return label_tables(world), item_tables(world), shown
 
 
 def _stream(world: World, block: int) -> Stream:

@@ -6,6 +6,7 @@ label depends on is a small table [kind, state], and filtering is look-ups. Dime
 """
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -133,11 +134,12 @@ def item_tables(world: World) -> Items:
     return Items(kind, np.concatenate([padding, category]).astype(np.int32), categories)
 
 
-def popularity(world: World) -> Popularity:
-    """Cohorts of atoms with stick-breaking weights, born period by period, each living a geometric time.
+def popularity_periods(world: World) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """``item`` and ``mass`` of :class:`Popularity`, one period after the other: a large world's are better not held.
 
-    An atom is an item with a weight: in the first cohort each has an item of its own; in later ones some have
-    items never shown before, the others uniformly one of the items born until then (whose weights add up).
+    Cohorts of atoms with stick-breaking weights are born period by period, each living a geometric time. An atom is an
+    item with a weight: in the first cohort each has an item of its own; in later ones some have items never shown
+    before, the others uniformly one of the items born until then (whose weights add up).
     """
     stream = Stream(world.seed, _POPULARITY_STREAM)
     cohorts = [world.first_items] + [world.new_atoms] * (world.periods - 1)
@@ -150,15 +152,12 @@ def popularity(world: World) -> Popularity:
     else:
         death = np.full(len(birth), world.periods)
     death[0] = world.periods  # so that no period is without an item
-    items, masses = [], []
     for period in range(world.periods):
         alive = np.flatnonzero((birth <= period) & (period < death))
         mass = np.cumsum(weight[alive])
         mass /= mass[-1]
         mass[-1] = 1.0  # exactly, so that no draw falls beyond the period's last atom
-        items.append(item[alive].astype(np.int32))
-        masses.append(period + mass)
-    return Popularity(np.concatenate(items), np.concatenate(masses))
+        yield item[alive].astype(np.int32), period + mass
 
 
 def _atom_items(stream: Stream, world: World, birth: np.ndarray) -> np.ndarray:
