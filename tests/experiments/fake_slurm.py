@@ -75,7 +75,8 @@ def scontrol(_requeue: str, job: str) -> None:
 
 
 def preempt(job: str) -> None:
-    kill(tree(job)[0], signal.SIGUSR2)
+    for pid in tree(job):
+        kill(pid, signal.SIGUSR2)
 
 
 def fail(job: str) -> None:
