@@ -69,12 +69,13 @@ class Work:
         Of several that fail, the first task's error is raised.
         """
         advance = _Phase(self._progress, phase, noun, sum(task.size for task in tasks))
-        results = {task.name: self.pieces.recorded(task.name) for task in tasks}
-        missing = [task for task in tasks if results[task.name] is None]
+        results: dict[str, dict[str, Any]] = {}
         for task in tasks:
-            result = results[task.name]
-            if result is not None:
-                advance(task.size, result["events"], found=True)
+            found = self.pieces.recorded(task.name)
+            if found is not None:
+                results[task.name] = found
+                advance(task.size, found["events"], found=True)
+        missing = [task for task in tasks if task.name not in results]
         if self._workers > 1 and len(missing) > 1:
             if self._pool is None:
                 self._pool = self._stack.enter_context(_Pool(self._workers))
@@ -85,7 +86,7 @@ class Work:
             for task in missing:
                 results[task.name] = _perform(self.pieces, function, task, advance)
         advance.finished()
-        return [results[task.name] for task in tasks]  # type: ignore[misc]
+        return [results[task.name] for task in tasks]
 
     @contextlib.contextmanager
     def showing(self, phase: str) -> Iterator[None]:
