@@ -3,7 +3,7 @@
     python -m tests.soak.kill_node
 
 Runs the quickstart study (18 trials) on the tiny synthetic world twice: with two local processes at a time, and on a
-Ray cluster of three nodes of a CPU each, all on this machine, one of which is killed once three trials are finished.
+Ray cluster of three nodes of a CPU each, all on this machine, one of which is killed while all three train.
 Prints what the second launcher says, how often each trial was started, and whether the tables agree in every column
 that is neither a time nor the device, whose cores the local processes share.
 """
@@ -16,9 +16,16 @@ import threading
 import time
 from pathlib import Path
 
-from tests.soak.kill_sweep import compare, finished, make_world, sweep, table
+from experiments.folder import read_record
+from tests.soak.kill_sweep import compare, make_world, sweep, table
 
 NODES = Path(__file__).parents[1] / "experiments" / "ray_nodes.py"
+
+
+def training(out: Path) -> int:
+    """Trials at work that have reported a step."""
+    attempts = [path for path in out.glob("trials/*/attempt.json") if not (path.parent / "result.json").exists()]
+    return sum((read_record(path) or {"progress": None})["progress"] is not None for path in attempts)
 
 
 def on_ray(data: Path, out: Path) -> None:
@@ -33,7 +40,7 @@ def on_ray(data: Path, out: Path) -> None:
         launcher = subprocess.Popen(command)
 
         def lose_a_node() -> None:
-            while finished(out) < 3 and launcher.poll() is None:
+            while training(out) < 3 and launcher.poll() is None:
                 time.sleep(0.1)
             print("killing a node", flush=True)
             cluster.stdin.write("remove\n")
@@ -49,7 +56,8 @@ def main() -> int:
         make_world(data)
         sweep(data, local).wait()
         on_ray(data, ray)
-        print("starts:", json.loads((ray / "launch.json").read_text(encoding="utf-8"))["attempts"])
+        starts = json.loads((ray / "launch.json").read_text(encoding="utf-8"))["attempts"]
+        print("started more than once:", {trial: count for trial, count in starts.items() if count > 1} or "none")
         before, after = table(local), table(ray)
     for row in (*before.values(), *after.values()):
         del row["device"]
