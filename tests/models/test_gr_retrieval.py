@@ -153,8 +153,8 @@ def test_true_length_divides_by_the_users_own_events():
         (block,) = model.stack.blocks
 
         class Divided(type(block)):
-            def merge(self, x, gate, attended, *, rngs=None, factor=block.longest / length):
-                return super().merge(x, gate, attended * factor, rngs=rngs)
+            def merge(self, x, gate, attended, *, rngs=None, part=None, factor=block.longest / length):
+                return super().merge(x, gate, attended * factor, rngs=rngs, part=part)
 
         block.__class__ = Divided
         np.testing.assert_allclose(found[row], np.asarray(model.users(batch))[row], rtol=0, atol=1e-6)

@@ -1,6 +1,5 @@
 """SIGTERM: a checkpoint of the very step, exit code 143, and a resumed run that is bitwise the undisturbed one."""
 
-import os
 import signal
 import threading
 from pathlib import Path
@@ -26,7 +25,7 @@ def sequences(tmp_path_factory: pytest.TempPathFactory) -> Sequences:
 def killed_at(step: int) -> Any:
     def kill(record: dict) -> None:
         if record["step"] == step:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)  # to this thread: the handler has run when it returns
 
     return kill
 
