@@ -87,13 +87,22 @@ def test_heads_that_a_context_does_not_divide_are_refused(sequences: Sequences, 
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("model", "settings"), [("hstu", {"model.heads": 2}), ("sasrec", {"model.negatives": 3})])
-def test_a_run_goes_on_with_other_devices(sequences: Sequences, tmp_path: Path, model: str, settings: dict) -> None:
+@pytest.mark.parametrize(
+    ("model", "settings", "devices"),
+    [
+        ("hstu", {"model.heads": 2}, "fsdp=2"),
+        ("hstu", {"model.heads": 2}, "context=2"),
+        ("sasrec", {"model.negatives": 3}, "fsdp=2"),
+    ],
+)
+def test_a_run_goes_on_with_other_devices(
+    sequences: Sequences, tmp_path: Path, model: str, settings: dict, devices: str
+) -> None:
     """On two devices up to a kill and on one after it, evaluations included, as on one from the beginning."""
     retrieval = {"data.candidates": 1, "model.heads": 2} if model == "sasrec" else {}
     trial = trial_of(sequences, model, **{"train.pieces": 4, "train.validations": 4, **settings, **retrieval})
     whole = loop.train(trial, tmp_path / "one")
-    mesh = make_mesh(parse_mesh("fsdp=2"))
+    mesh = make_mesh(parse_mesh(devices))
 
     def kill(record: dict) -> None:
         if record["step"] == 8:
