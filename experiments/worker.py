@@ -35,7 +35,7 @@ def work(task: Task, channel: Connection) -> None:
     os.setsid()  # its own group: a terminal's Ctrl-C reaches the launcher alone, and the group can be ended whole
     threading.Thread(target=_end_with_launcher, daemon=True).start()
     signal.signal(signal.SIGTERM, _stop)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])  # experiments.warm blocks it
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])  # experiments.executors.preloaded blocks it
     _write_to(task.folder / "log.txt")
     os.environ.update(task.environment)
     if task.cpus:

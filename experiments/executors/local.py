@@ -121,7 +121,9 @@ def _fork_server(trainer: str) -> ForkServerContext:
     """
     main = [name for name in ("tyro", "scaling", "experiments.cli", "ray") if name in sys.modules]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([work.__module__, trainer.partition(":")[0], "experiments.warm", *main])
+    context.set_forkserver_preload(
+        [work.__module__, trainer.partition(":")[0], "experiments.executors.preloaded", *main]
+    )
     return context
 
 

@@ -1,6 +1,7 @@
 """The command line: every mistake of a user's is one sentence on stderr, exit code 2, and nothing half-written."""
 
 import json
+import signal
 from pathlib import Path
 
 import polars as pl
@@ -198,6 +199,13 @@ def test_every_study_resolves_at_every_budget() -> None:
     for study in known.values():
         for budget in study.points:
             assert study.trials("somewhere", budget)
+
+
+def test_the_search_for_studies_leaves_signals_alone() -> None:
+    """It imports modules; were one to block SIGTERM, whoever searched would be deaf to it ever after."""
+    studies()
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
+    assert signal.getsignal(signal.SIGUSR2) == signal.SIG_DFL
 
 
 def test_comparison_has_the_promised_points() -> None:

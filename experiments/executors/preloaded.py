@@ -1,4 +1,7 @@
-"""Imported once, by the process that every worker is forked from, so that no worker imports the architectures again."""
+"""Imported once, by the process that every worker is forked from, so that no worker imports the architectures again.
+
+By no other process: it would be deaf to SIGTERM.
+"""
 
 import signal
 

@@ -26,7 +26,7 @@ def fork(before: str, child: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
 def test_what_workers_are_forked_from_has_no_threads_and_no_backend() -> None:
     run = fork(
-        before="import experiments.cli, experiments.worker, experiments.warm, genrec_jax.train.loop",
+        before="import experiments.cli, experiments.worker, experiments.executors.preloaded, genrec_jax.train.loop",
         child="import jax; assert jax.numpy.ones(3).sum() == 3.0",
     )
     assert (run.returncode, run.stderr) == (0, "")
