@@ -138,7 +138,8 @@ def train(
         out: Folder of the trial.
         set: dotted.key=value of the configuration; repeat for several.
         mesh: Devices that share the rows of a batch (data), the parameters, too (fsdp), the tokens of a row (context),
-            for example data=2,fsdp=4 (default: one device, or with --distributed data over all of them).
+            the heads and experts (model), for example data=2,fsdp=4 (default: one device, or with --distributed data
+            over all of them).
         remat: Keep less between the forward and the backward pass of a block and compute it again.
         distributed: Be one of several processes that train the trial together: auto (under SLURM, Kubernetes, Open MPI,
             on a TPU pod), or HOST:PORT,PROCESS/PROCESSES with the address of process 0, for example 10.0.0.1:8476,3/4.

@@ -103,16 +103,20 @@ def _search(compiled: Compiled, where: Topology, among: Sequence[dict[str, int]]
 
 
 def meshes(devices: int, rows: int, heads: int) -> list[dict[str, int]]:
-    """Rows alone, parameters divided too, and two between; tokens of a row divided among 2 and among the most that
-    divide the heads. Those that divide the ``rows`` of a batch evenly."""
+    """Rows alone, parameters divided too, and two between; tokens of a row, or heads, divided among 2 and among the
+    most that divide the heads. Those that divide the ``rows`` of a batch evenly."""
     if devices == 1:
         return [{"data": 1}]
     between = sorted({2 ** round(share * math.log2(devices)) for share in (1 / 3, 2 / 3)} - {1, devices})
     mixed = [{"data": devices // size, "fsdp": size} for size in between if devices % size == 0]
-    contexts = sorted({2, math.gcd(heads, devices)} - {1}) if heads % 2 == 0 and devices % 2 == 0 else []
-    divided = [({"fsdp": devices // size} if size < devices else {}) | {"context": size} for size in contexts]
+    within = sorted({2, math.gcd(heads, devices)} - {1}) if heads % 2 == 0 and devices % 2 == 0 else []
+    divided = [
+        ({"fsdp": devices // size} if size < devices else {}) | {axis: size}
+        for axis in ("context", "model")
+        for size in within
+    ]
     found = [{"data": devices}, *mixed, {"fsdp": devices}, *divided]
-    return [sizes for sizes in found if rows % (devices // sizes.get("context", 1)) == 0]
+    return [sizes for sizes in found if rows % math.prod(sizes.get(axis, 1) for axis in ("data", "fsdp")) == 0]
 
 
 def ranked(plans: Iterable[Plan]) -> list[Plan]:

@@ -5,11 +5,9 @@ devices exchange: each gets all tokens of its share of the heads, and after it a
 al., "DeepSpeed Ulysses", 2023). No device ever holds a whole row's activations, every pair of tokens is worked on by
 the same number of heads, whatever the mask, and the kernels are those of one device.
 
-All of it is for functions inside `jax.shard_map`. What stands outside of the stack is repeated on every device, so a
-cotangent there is whole, the same on all of them; the functions below say what that makes of derivatives.
+All of it is for functions inside `jax.shard_map`.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from genrec_jax.distributed import crossing
 from kernels_pallas.gated_norm import Part
 from kernels_pallas.hstu_attention import Columns, heads_apart
 
@@ -36,11 +35,11 @@ class Context(NamedTuple):
 
     def divided(self, x: jax.Array) -> jax.Array:
         """The device's chunk [B, t, ...] of the same x [B, T, ...] on every device; cotangents are put together."""
-        return x if self.size == 1 else _own(self, _padded(x, self.size * self.chunk(x.shape[1])))
+        return x if self.size == 1 else crossing.own(_padded(x, self.size * self.chunk(x.shape[1])), self.axis, 1)
 
     def together(self, x: jax.Array, length: int) -> jax.Array:
         """Chunks [B, t, ...] -> all ``length`` tokens on every device; of a cotangent each takes its own chunk."""
-        return x if self.size == 1 else _whole(self, x)[:, :length]
+        return x if self.size == 1 else crossing.whole(x, self.axis, 1)[:, :length]
 
     def shared[M: nnx.Module](self, module: M) -> M:
         """The module, used by every device on its own tokens: its parameters' derivatives are summed over them."""
@@ -48,7 +47,7 @@ class Context(NamedTuple):
             return module
         state: Any = nnx.split(module, nnx.Param, ...)
         graph, params, rest = state
-        return nnx.merge(graph, jax.tree.map(functools.partial(_shared, self), params), rest)
+        return nnx.merge(graph, jax.tree.map(lambda x: crossing.shared(x, self.axis), params), rest)
 
     def attend(self, attention: Attention, q: Heads, k: Heads, v: Heads, length: int) -> jax.Array:
         """``attention(q, k, v)`` over all ``length`` tokens, of chunks [B, t, H, D]; H is a multiple of ``size``."""
@@ -64,9 +63,13 @@ class Context(NamedTuple):
         """Which tokens of rows of ``length`` the device's chunk holds; None for all."""
         return None if self.size == 1 else Part(self._index() * self.chunk(length), length)
 
-    def heads(self, heads: int) -> Part | None:
-        """Which of the ``heads`` the device attends with; None for all."""
-        return None if self.size == 1 else Part(self._index() * (heads // self.size), heads)
+    def heads(self, heads: int, among: Part | None = None) -> Part | None:
+        """Which of the ``heads`` the device attends with; None for all. ``among``: where these are in a larger number
+        of heads, which the answer is then about."""
+        if self.size == 1:
+            return among
+        start, whole = (0, heads) if among is None else among
+        return Part(start + self._index() * (heads // self.size), whole)
 
     def _index(self) -> jax.Array:
         return jax.lax.axis_index(self.axis)
@@ -77,32 +80,3 @@ ALONE = Context()
 
 def _padded(x: jax.Array, length: int) -> jax.Array:
     return jnp.pad(x, [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
-
-
-def _chunk_of(context: Context, x: jax.Array) -> jax.Array:
-    size = x.shape[1] // context.size
-    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(context.axis) * size, size, 1)
-
-
-def _gathered(context: Context, x: jax.Array) -> jax.Array:
-    return jax.lax.all_gather(x, context.axis, axis=1, tiled=True)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _own(context: Context, x: jax.Array) -> jax.Array:
-    return _chunk_of(context, x)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _whole(context: Context, x: jax.Array) -> jax.Array:
-    return _gathered(context, x)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _shared(context: Context, x: jax.Array) -> jax.Array:
-    return x
-
-
-_own.defvjp(lambda context, x: (_chunk_of(context, x), None), lambda context, _, d: (_gathered(context, d),))
-_whole.defvjp(lambda context, x: (_gathered(context, x), None), lambda context, _, d: (_chunk_of(context, d),))
-_shared.defvjp(lambda context, x: (x, None), lambda context, _, d: (jax.lax.psum(d, context.axis),))

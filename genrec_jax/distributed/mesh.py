@@ -1,7 +1,7 @@
 """Meshes: which devices a trial runs on, and what each of their axes divides."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,12 +9,14 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from genrec_jax.distributed.context import ALONE, Context
+from genrec_jax.distributed.tensor import UNDIVIDED, Division, Tensor, axis_of, place
 from genrec_jax.errors import UserError
 
 # The first two divide the rows of a batch. fsdp also divides every parameter and what the optimiser keeps of it: a
 # device holds its share, and gathers the whole while it computes with it (Zhao et al., "PyTorch FSDP", VLDB 2023).
-# context divides the tokens of every row (genrec_jax/distributed/context.py).
-AXES = ("data", "fsdp", "context")
+# context divides the tokens of every row (genrec_jax/distributed/context.py), model the heads and what is like them
+# (genrec_jax/distributed/tensor.py); model divides parameters as fsdp does.
+AXES = ("data", "fsdp", "context", "model")
 _SMALLEST = 1024  # elements of an array that is worth dividing
 
 
@@ -46,7 +48,7 @@ def shares(mesh: Mesh | AbstractMesh | None) -> int:
 
 def row_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     """The axes that divide the rows of a batch."""
-    return tuple(axis for axis in mesh.axis_names if axis != "context")
+    return tuple(axis for axis in mesh.axis_names if axis in ("data", "fsdp"))
 
 
 def rows_of(mesh: Mesh) -> PartitionSpec:
@@ -60,35 +62,61 @@ def context_of(mesh: Mesh | None) -> Context:
     return Context("context", size) if size > 1 else ALONE
 
 
-def share_of(mesh: Mesh | AbstractMesh, shape: tuple[int, ...]) -> PartitionSpec:
-    """How fsdp divides a parameter of a ``shape``: along its longest axis of those that it divides evenly, if any."""
-    size = mesh.shape.get("fsdp", 1)
-    even = [axis for axis, length in enumerate(shape) if length % size == 0]
-    if size == 1 or not even or math.prod(shape) < _SMALLEST:
+def tensor_of(mesh: Mesh | None) -> Tensor:
+    """The devices that divide heads, hidden units and experts among them."""
+    size = 1 if mesh is None else mesh.shape.get("model", 1)
+    return Tensor("model", size) if size > 1 else UNDIVIDED
+
+
+def share_of(mesh: Mesh | AbstractMesh, shape: tuple[int, ...], other_than: int | None = None) -> PartitionSpec:
+    """How fsdp and model divide a parameter of a ``shape``: along its longest axis of those that they divide evenly, if
+    any, but for one that the devices of model need the other way (`genrec_jax.distributed.tensor.axis_of`)."""
+    over = tuple(axis for axis in ("model", "fsdp") if mesh.shape.get(axis, 1) > 1)
+    if len(shape) == 1 and other_than == 0:
+        over = tuple(axis for axis in over if axis != "model")
+    size = math.prod(mesh.shape[axis] for axis in over)
+    able = [axis for axis in range(len(shape)) if "model" not in over or axis != other_than]
+    even = [axis for axis in able if shape[axis] % size == 0]
+    if not over or not even or math.prod(shape) < _SMALLEST:
         return PartitionSpec()
     longest = max(even, key=lambda axis: shape[axis])
-    return PartitionSpec(*(None,) * longest, "fsdp")
+    return PartitionSpec(*(None,) * longest, over if len(over) > 1 else over[0])
+
+
+def shares_of(mesh: Mesh | AbstractMesh, state: Any) -> Any:
+    """As :func:`share_of`, of every array of a trial's state or of its parameters."""
+    return jax.tree.map_with_path(lambda path, x: share_of(mesh, x.shape, axis_of(path)), state)
 
 
 def placed(mesh: Mesh | AbstractMesh, state: Any) -> Any:
     """The sharding of every array of a trial's state."""
-    return jax.tree.map(lambda x: NamedSharding(mesh, share_of(mesh, x.shape)), state)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), shares_of(mesh, state))
 
 
-def gathered(params: Any, specs: Any) -> Any:
-    """Whole parameters from a device's shares, in `jax.shard_map`; the derivative is summed over fsdp and divided."""
+def along(spec: PartitionSpec, axis: str) -> int | None:
+    """Which axis of an array a mesh's ``axis`` divides; None for none."""
+    found = [n for n, over in enumerate(spec) if over == axis or (isinstance(over, tuple) and axis in over)]
+    return found[0] if found else None
 
-    def whole(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-        return jax.lax.all_gather(x, "fsdp", axis=spec.index("fsdp"), tiled=True) if "fsdp" in spec else x
 
-    return jax.tree.map(whole, params, specs)
+def gathered(mesh: Mesh, params: Any, specs: Any, divided: Mapping[tuple[Any, ...], Division]) -> Any:
+    """What a device computes with, from its shares of the parameters, in `jax.shard_map`: whole parameters, but for
+    those that are ``divided`` over model. The derivative is summed over fsdp, and each device has that of its share."""
+    tensor = tensor_of(mesh)
+
+    def whole(path: tuple[Any, ...], x: jax.Array, spec: PartitionSpec) -> jax.Array:
+        axis = along(spec, "fsdp")
+        x = x if axis is None else jax.lax.all_gather(x, "fsdp", axis=axis, tiled=True)
+        return tensor.taken(x, divided.get(place(path)), along(spec, "model"))
+
+    return jax.tree.map_with_path(whole, params, specs)
 
 
 def summed(mesh: Mesh, grads: Any, specs: Any) -> Any:
     """Sums of a device's gradients over the axes of rows that :func:`gathered` has not summed over."""
 
     def over_others(g: jax.Array, spec: PartitionSpec) -> jax.Array:
-        others = tuple(axis for axis in row_axes(mesh) if axis not in spec)
+        others = tuple(axis for axis in row_axes(mesh) if along(spec, axis) is None)
         return jax.lax.psum(g, others) if others else g
 
     return jax.tree.map(over_others, grads, specs)

@@ -13,10 +13,10 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from genrec_jax.config import Trial
 from genrec_jax.data.schema import Schema
 from genrec_jax.distributed.collectives import Collective, collectives, ring
-from genrec_jax.distributed.mesh import context_of, make_mesh, placed, rows_of, share_of, shares
+from genrec_jax.distributed.mesh import context_of, make_mesh, placed, rows_of, share_of, shares, tensor_of
 from genrec_jax.distributed.topology import Topology
 from genrec_jax.errors import UserError
-from genrec_jax.nn.stack import over_context, rematerialised
+from genrec_jax.nn.stack import over_devices, rematerialised
 from genrec_jax.retrieval_loss import Popularity
 from genrec_jax.train.estimate import abstract_batch, abstract_model, init_params
 from genrec_jax.train.optimizer import is_table, make_optimizer, make_row_rule
@@ -104,7 +104,7 @@ def plan_on(mesh: Mesh, trial: Trial, schema: Schema, topology: Topology, steps:
     # A retriever's loss may need to know how popular items are; the numbers do not matter.
     popularity = Popularity(np.ones(schema.items, np.int64)) if trial.model.goal == "retrieval" else None
     model = abstract_model(trial, schema, popularity)
-    model = over_context(rematerialised(model) if remat else model, context_of(mesh))
+    model = over_devices(rematerialised(model) if remat else model, context_of(mesh), tensor_of(mesh))
     optimizer, rule = make_optimizer(trial.train, steps), make_row_rule(trial.train, steps)
     state = jax.eval_shape(lambda: init_state(init_params(trial, schema), optimizer, trial.seed, rule))
     there = jax.tree.map(_on, state, placed(mesh, state))
@@ -139,11 +139,11 @@ def estimated_step(
     The state is exact. Beside it a device holds the activations of its rows, as the blocks state them, the gradient,
     and with fsdp the whole parameters. Traffic: activations and the state written once and read once, parameters read
     in either pass. Collectives: the hand count of docs/scaling_out.md. Raises UserError for what the
-    accounts do not know: a context, rematerialisation.
+    accounts do not know: a context, a division of heads, rematerialisation.
     """
     _check_devices(sizes, topology)
-    if remat or "context" in sizes:
-        raise UserError(f"a plan for {topology.name} is an estimate that knows no --remat and no context")
+    if remat or "context" in sizes or "model" in sizes:
+        raise UserError(f"a plan for {topology.name} is an estimate that knows no --remat, no context and no model")
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
     if trial.train.batch_rows % shares(mesh):
         raise UserError(f"train.batch_rows ({trial.train.batch_rows}) must be a multiple of {shares(mesh)}")

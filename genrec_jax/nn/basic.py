@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from genrec_jax.distributed.tensor import UNDIVIDED, Tensor
 from genrec_jax.nn.cost import Cost, total
 from kernels_pallas.dense import dense
-from kernels_pallas.gated_norm import Part, keep_mask
+from kernels_pallas.gated_norm import Part
 
 Activation = Callable[[jax.Array], jax.Array]
 
@@ -35,9 +36,18 @@ class Linear(nnx.Linear):
 
     def columns(self, inputs: jax.Array, outputs: slice) -> jax.Array:
         """These of the outputs alone, for a map whose parts read different inputs."""
+        return self._biased(self._product(inputs, outputs), outputs)
+
+    def summed(self, inputs: jax.Array, tensor: Tensor) -> jax.Array:
+        """The map of inputs of which every device has a part, and so of the kernel."""
+        return self._biased(tensor.leave(self._product(inputs, slice(None))), slice(None))
+
+    def _product(self, inputs: jax.Array, outputs: slice) -> jax.Array:
         dtype = self.dtype or jnp.float32
-        y = dense(inputs.astype(dtype), self.kernel[...][:, outputs].astype(dtype))
-        return y if self.bias is None else y + self.bias[...][outputs].astype(dtype)
+        return dense(inputs.astype(dtype), self.kernel[...][:, outputs].astype(dtype))
+
+    def _biased(self, y: jax.Array, outputs: slice) -> jax.Array:
+        return y if self.bias is None else y + self.bias[...][outputs].astype(y.dtype)
 
     def cost(self, rows: int) -> Cost:
         """Cost of applying the map to ``rows`` vectors."""
@@ -59,15 +69,21 @@ class LayerNorm(nnx.LayerNorm):
         return Cost(dense_params=params, activation_bytes=float(rows * self.num_features * item))
 
 
-def dropout(x: jax.Array, rate: float, rngs: nnx.Rngs | None, part: Part | None = None) -> jax.Array:
-    """Inverted dropout when ``rngs`` is given (training), the identity otherwise; x may be a ``part`` of more."""
+def dropout(
+    x: jax.Array, rate: float, rngs: nnx.Rngs | None, part: Part | None = None, tensor: Tensor = UNDIVIDED
+) -> jax.Array:
+    """Inverted dropout when ``rngs`` is given (training), the identity otherwise; x may be a ``part`` of more, and have
+    a device's units alone."""
     if rngs is None or rate == 0.0:
         return x
-    return jnp.where(keep_mask(rngs.dropout(), x.shape, rate, part), x / (1.0 - rate), 0).astype(x.dtype)
+    return jnp.where(tensor.keep(rngs.dropout(), x.shape, rate, part), x / (1.0 - rate), 0).astype(x.dtype)
 
 
 class MLP(nnx.Module):
-    """Hidden layers with an activation after each, and a linear last layer unless ``activate_last``."""
+    """Hidden layers with an activation after each, and a linear last layer unless ``activate_last``.
+
+    Devices of a ``tensor`` axis divide the hidden units of one with a single hidden layer.
+    """
 
     def __init__(
         self,
@@ -86,9 +102,9 @@ class MLP(nnx.Module):
         self.activate_last = activate_last
         self.dropout = dropout
 
-    def __call__(self, x: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, *, rngs: nnx.Rngs | None = None, tensor: Tensor = UNDIVIDED) -> jax.Array:
         for i, layer in enumerate(self.layers):
-            x = layer(x)
+            x = layer.summed(x, tensor) if i else layer(tensor.enter(x))
             if i + 1 < len(self.layers) or self.activate_last:
                 x = dropout(self.activation(x), self.dropout, rngs)
         return x

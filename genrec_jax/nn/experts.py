@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from genrec_jax.distributed.tensor import UNDIVIDED
 from genrec_jax.errors import UserError
 from genrec_jax.nn.cost import Cost, total
 
@@ -66,11 +67,13 @@ class CGCLevel(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.tasks, self.shared, self.specific, self.width = tasks, shared, specific, widths[-1]
-        self.experts = nnx.List(_stack(tasks * specific + shared, [inputs, *widths], dtype, rngs))
+        self.tensor = UNDIVIDED
+        self.count = tasks * specific + shared
+        self.experts = nnx.List(_stack(self.count, [inputs, *widths], dtype, rngs))
         self.gates = (
             None if shared + specific == 1 else Stacked(tasks, inputs, specific + shared, dtype=dtype, rngs=rngs)
         )
-        self.shared_gate = None if last else Stacked(1, inputs, tasks * specific + shared, dtype=dtype, rngs=rngs)
+        self.shared_gate = None if last else Stacked(1, inputs, self.count, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [R, inputs] or one vector per branch [R, T + 1, inputs] -> [R, T (+ 1 unless last), width]."""
@@ -88,9 +91,10 @@ class CGCLevel(nnx.Module):
         if x.ndim == 3:
             own = jnp.repeat(x[:, : self.tasks], self.specific, axis=1)
             x = jnp.concatenate([own, jnp.repeat(x[:, self.tasks :], self.shared, axis=1)], axis=1)
+        x = self.tensor.enter(x) if x.ndim == 2 else self.tensor.own(x, 1)
         for layer in self.experts:
             x = jax.nn.relu(layer(x))
-        return x
+        return self.tensor.together(x, 1)
 
     def _mix_tasks(self, x: jax.Array, own: jax.Array, common: jax.Array) -> jax.Array:
         """own [R, T, specific, width], common [R, shared, width] -> the gated sum of each task, [R, T, width]."""
@@ -102,13 +106,12 @@ class CGCLevel(nnx.Module):
 
     def cost(self, rows: int, *, one_input: bool) -> Cost:
         """Experts, gates and the weighted sums of experts over ``rows`` vectors."""
-        experts = self.tasks * self.specific + self.shared
         parts = [layer.cost(rows, one_input=one_input and i == 0) for i, layer in enumerate(self.experts)]
         if self.gates is not None:
             mixing = 2.0 * rows * self.tasks * (self.specific + self.shared) * self.width
             parts += [self.gates.cost(rows, one_input=one_input), Cost(flops=mixing)]
         if self.shared_gate is not None:
-            parts += [self.shared_gate.cost(rows), Cost(flops=2.0 * rows * experts * self.width)]
+            parts += [self.shared_gate.cost(rows), Cost(flops=2.0 * rows * self.count * self.width)]
         return total(parts)
 
 

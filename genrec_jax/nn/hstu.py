@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from genrec_jax.distributed.context import ALONE, Heads
+from genrec_jax.distributed.tensor import UNDIVIDED, Tensor
 from genrec_jax.nn.basic import LayerNorm, Linear, dropout
 from genrec_jax.nn.cost import Cost, total
 from genrec_jax.nn.position import RelativeBias
@@ -83,8 +84,9 @@ class HSTUBlock(nnx.Module):
         ``out_bias``: of b_o; None for none.
         """
         self.heads, self.longest, self.dropout = heads, longest, dropout
-        self.context = ALONE
+        self.context, self.tensor = ALONE, UNDIVIDED
         self.values, self.keys = heads * v_width, heads * qk_width
+        self.sections = (self.values, self.values, self.keys, self.keys)  # of W's outputs
         self.variant, self.alpha, self.true_length = variant, alpha, true_length
         self.norm = LayerNorm(
             width,
@@ -134,7 +136,8 @@ class HSTUBlock(nnx.Module):
         own = {"max_len": self.longest, "alpha": self.alpha}
         if self.bias is None:
             return own
-        return own | {"position_bias": self.bias.position[...], "time_bias": self.bias.time[...]}
+        position, time = (self.tensor.enter(table[...]) for table in (self.bias.position, self.bias.time))
+        return own | {"position_bias": position, "time_bias": time}
 
     def cached(
         self,
@@ -166,15 +169,16 @@ class HSTUBlock(nnx.Module):
         return self.merge(x, gate, attended), own
 
     def projections(self, x: jax.Array) -> tuple[jax.Array, Columns, Columns, Columns]:
-        """x [..., T, D] -> U [..., T, H * Dv] and V, Q, K [..., T, H, Dv or Dqk], columns of one array."""
-        mixed = self.project(self.norm(x))
+        """x [..., T, D] -> U [..., T, H * Dv] and V, Q, K [..., T, H, Dv or Dqk], columns of one array; H: the
+        device's heads."""
+        mixed = self.project(self.tensor.enter(self.norm(x)))
         if not self.variant.gate_only:
             mixed = jax.nn.silu(mixed)
-        value, key = self.values // self.heads, self.keys // self.heads
-        v = Columns(mixed, self.values, self.heads, value)
-        q = Columns(mixed, 2 * self.values, self.heads, key)
-        k = Columns(mixed, 2 * self.values + self.keys, self.heads, key)
-        gate = mixed[..., : self.values]
+        heads, values, keys = map(self.tensor.share, (self.heads, self.values, self.keys))
+        v = Columns(mixed, values, heads, values // heads)
+        q = Columns(mixed, 2 * values, heads, keys // heads)
+        k = Columns(mixed, 2 * values + keys, heads, keys // heads)
+        gate = mixed[..., :values]
         return (jax.nn.silu(gate) if self.variant.gate_only else gate), v, q, k
 
     def merge(
@@ -189,12 +193,12 @@ class HSTUBlock(nnx.Module):
         """x [..., T, D], U [..., T, H * Dv], A V [..., T, H, Dv] -> the block's output [..., T, D]; ``part``: which of
         a row's tokens these are, None for all."""
         variant, flat = self.variant, attended.reshape(gate.shape)
-        if not (variant.affine or variant.group_norm or variant.concat):
+        if not (variant.affine or variant.group_norm or variant.concat or self.tensor.size > 1):
             key = rngs.dropout() if rngs is not None and self.dropout else None
             return x + self.out(gated_norm(flat, gate, rate=self.dropout, key=key, part=part, eps=EPSILON))
-        gated = gate * self.out_norm(attended).astype(gate.dtype)
+        gated = gate * self.out_norm(attended, self.tensor).astype(gate.dtype)
         joined = jnp.concatenate([gate, flat, gated], axis=-1) if variant.concat else gated
-        return x + self.out(dropout(joined, self.dropout, rngs, part))
+        return x + self.out.summed(dropout(joined, self.dropout, rngs, part, self.tensor), self.tensor)
 
     def cost(self, tokens: int, pairs: float) -> Cost:
         """Cost over ``tokens`` tokens of which ``pairs`` (query, key) pairs are visible."""
@@ -230,12 +234,13 @@ class OutputNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(size)) if affine else None
         self.bias = nnx.Param(jnp.zeros(size)) if affine else None
 
-    def __call__(self, attended: jax.Array) -> jax.Array:
-        """[..., H, Dv] -> [..., H * Dv], at least float32."""
+    def __call__(self, attended: jax.Array, tensor: Tensor = UNDIVIDED) -> jax.Array:
+        """[..., H, Dv] -> [..., H * Dv], at least float32; the devices of ``tensor`` may have a part of the heads each,
+        without an affine part."""
         x = attended.astype(jnp.promote_types(attended.dtype, jnp.float32))
-        axes = -1 if self.grouped else (-2, -1)
-        centred = x - x.mean(axes, keepdims=True)
-        y = centred * jax.lax.rsqrt((centred * centred).mean(axes, keepdims=True) + EPSILON)
+        axes, over = ((-1,), UNDIVIDED) if self.grouped else ((-2, -1), tensor)
+        centred = x - over.mean(x, axes)
+        y = centred * jax.lax.rsqrt(over.mean(centred * centred, axes) + EPSILON)
         if self.scale is not None and self.bias is not None:
             scale, bias = (p[...].reshape(x.shape[-2], -1) for p in (self.scale, self.bias))
             y = y * scale + bias

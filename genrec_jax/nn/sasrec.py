@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from genrec_jax.distributed.context import ALONE
+from genrec_jax.distributed.tensor import UNDIVIDED
 from genrec_jax.nn.basic import LayerNorm, Linear, dropout, fan_in_uniform, xavier_normal
 from genrec_jax.nn.cost import Cost, total
 from kernels_pallas.hstu_attention import Plan, softmax_attention
@@ -24,7 +25,8 @@ class SASRecBlock(nnx.Module):
 
     def __init__(self, width: int, heads: int, *, dropout: float, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.heads, self.head_width, self.dropout = heads, width // heads, dropout
-        self.context = ALONE
+        self.context, self.tensor = ALONE, UNDIVIDED
+        self.sections = (width, width, width)  # of Q, K and V
 
         def norm() -> LayerNorm:
             return LayerNorm(
@@ -56,19 +58,23 @@ class SASRecBlock(nnx.Module):
             scale=self.head_width**-0.5,
             rate=self.dropout,
             key=key,
-            part=self.context.heads(self.heads),
+            part=self.context.heads(self.tensor.share(self.heads), self.tensor.part(self.heads)),
         )
         length = plan.tokens.segment.shape[1]
         attended, part = self.context.attend(attention, q, k, v, length), self.context.tokens(length)
-        z = self.norm_ffn(normal + self.out(attended.reshape(x.shape)))
-        inner = dropout(jax.nn.relu(self.inner(z)), self.dropout, rngs, part)
-        return z + dropout(self.outer(inner), self.dropout, rngs, part)
+        mixed = self.out.summed(attended.reshape(*x.shape[:-1], -1), self.tensor)
+        z = self.norm_ffn(normal + mixed)
+        inner = jax.nn.relu(self.inner(self.tensor.enter(z)))
+        inner = dropout(inner, self.dropout, rngs, part, self.tensor)
+        return z + dropout(self.outer.summed(inner, self.tensor), self.dropout, rngs, part)
 
     def projections(self, normal: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """LN(X) and X [..., T, D] -> Q, K, V [..., T, H, D / H]."""
-        *rows, width = x.shape
-        q = self.project.columns(normal, slice(0, width)).reshape(*rows, self.heads, self.head_width)
-        kv = self.project.columns(x, slice(width, None)).reshape(*rows, 2 * self.heads, self.head_width)
+        """LN(X) and X [..., T, D] -> Q, K, V [..., T, H, head width]; H: the device's heads."""
+        heads, rows = self.tensor.share(self.heads), x.shape[:-1]
+        width = heads * self.head_width
+        normal, x = self.tensor.enter(normal), self.tensor.enter(x)
+        q = self.project.columns(normal, slice(0, width)).reshape(*rows, heads, self.head_width)
+        kv = self.project.columns(x, slice(width, None)).reshape(*rows, 2 * heads, self.head_width)
         k, v = jnp.split(kv, 2, axis=-2)
         return q, k, v
 

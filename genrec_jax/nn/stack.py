@@ -1,14 +1,17 @@
 """A stack of sequence blocks over one row of tokens."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from genrec_jax.distributed.context import ALONE, Context
+from genrec_jax.distributed.tensor import Division, Tensor, axis_of
 from genrec_jax.errors import UserError
 from genrec_jax.nn.cost import Cost, total
+from genrec_jax.nn.experts import CGCLevel
 from genrec_jax.nn.hstu import HSTUBlock
 from genrec_jax.nn.sasrec import SASRecBlock
 from genrec_jax.nn.transformer_block import TransformerBlock
@@ -21,7 +24,8 @@ class Stack(nnx.Module):
     """Blocks one after the other; what they share (masks, distances, time buckets) is prepared once per call.
 
     With ``remat`` only what goes from block to block is kept for the backward pass, which computes the rest again.
-    In `jax.shard_map` the devices of a ``context`` divide the tokens among them, from the first block to the last.
+    In `jax.shard_map` the devices of a ``context`` divide the tokens among them, from the first block to the last, and
+    those of a block's ``tensor`` its heads and hidden units.
     """
 
     def __init__(self, blocks: Sequence[Block], *, longest: int):
@@ -58,19 +62,41 @@ def rematerialised[M: nnx.Module](model: M) -> M:
     return model
 
 
-def over_context[M: nnx.Module](model: M, context: Context) -> M:
-    """The model, told that the devices of ``context`` divide the tokens of its rows, for use in `jax.shard_map`.
+def over_devices[M: nnx.Module](model: M, context: Context, tensor: Tensor) -> M:
+    """The model, told which devices divide the tokens of its rows, and which its heads, hidden units and experts, for
+    use in `jax.shard_map`. Experts that cannot be divided evenly every device computes.
 
-    Raises UserError if a block's heads cannot be divided among them, which is what attention needs.
+    Raises UserError if a stack's heads cannot be divided so, and ValueError for a block that knows no ``tensor``.
     """
     for _, module in nnx.iter_graph(model):
+        if isinstance(module, CGCLevel) and module.count % tensor.size == 0:
+            module.tensor = tensor
         if not isinstance(module, Stack):
             continue
         module.context = context
         for block in module.blocks:
-            block.context = context
-            if block.heads % context.size:
-                raise UserError(
-                    f"model.heads ({block.heads}) must be a multiple of the mesh's context ({context.size})"
-                )
+            block.context, block.tensor = context, tensor
+            if block.heads % (context.size * tensor.size):
+                axes = {"context": context.size, "model": tensor.size}
+                said = " times ".join(f"{axis} ({size})" for axis, size in axes.items() if size > 1)
+                raise UserError(f"model.heads ({block.heads}) must be a multiple of the mesh's {said}")
+            if isinstance(block, HSTUBlock) and block.variant.affine and tensor.size > 1:
+                raise ValueError("the heads of an HSTU block with affine normalisations cannot be divided")
     return model
+
+
+def divisions(model: nnx.Module) -> dict[tuple[Any, ...], Division]:
+    """How the devices that the model was told of take its parameters apart, by their places in it."""
+    found = {}
+    for path, module in nnx.iter_modules(model):
+        if not isinstance(module, Block | CGCLevel) or module.tensor.size == 1:
+            continue
+        for own, param in nnx.to_flat_state(nnx.state(module, nnx.Param)):
+            axis = axis_of((*path, *own))
+            if axis is None:
+                continue
+            if isinstance(module, CGCLevel) or own[0] != "project":
+                found[*path, *own] = Division(axis, (param.get_value().shape[axis],))
+            else:
+                found[*path, *own] = Division(axis, module.sections)
+    return found

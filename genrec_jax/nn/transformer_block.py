@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from genrec_jax.distributed.context import ALONE
+from genrec_jax.distributed.tensor import UNDIVIDED
 from genrec_jax.nn.basic import MLP, LayerNorm, Linear, dropout
 from genrec_jax.nn.cost import Cost, total
 from genrec_jax.nn.position import RelativeBias
@@ -24,7 +25,8 @@ class TransformerBlock(nnx.Module):
 
     def __init__(self, width: int, heads: int, *, longest: int, dropout: float, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.heads, self.head_width, self.dropout = heads, width // heads, dropout
-        self.context = ALONE
+        self.context, self.tensor = ALONE, UNDIVIDED
+        self.sections = (width, width, width)  # of W's outputs
         self.norm = LayerNorm(width, dtype=dtype, rngs=rngs)
         self.project = Linear(width, 3 * width, dtype=dtype, rngs=rngs)
         self.bias = RelativeBias(longest, rngs=rngs)
@@ -39,26 +41,27 @@ class TransformerBlock(nnx.Module):
             softmax_attention,
             tokens=plan,
             scale=self.head_width**-0.5,
-            position_bias=self.bias.position[...],
-            time_bias=self.bias.time[...],
+            position_bias=self.tensor.enter(self.bias.position[...]),
+            time_bias=self.tensor.enter(self.bias.time[...]),
         )
         length = plan.tokens.segment.shape[1]
         attended = self.context.attend(attention, q, k, v, length)
         return self.merge(x, attended, rngs=rngs, part=self.context.tokens(length))
 
     def projections(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """x [..., T, D] -> Q, K, V [..., T, H, D / H]."""
-        mixed = self.project(self.norm(x))
-        q, k, v = jnp.split(mixed.reshape(*x.shape[:-1], 3 * self.heads, self.head_width), 3, axis=-2)
+        """x [..., T, D] -> Q, K, V [..., T, H, head width]; H: the device's heads."""
+        mixed = self.project(self.tensor.enter(self.norm(x)))
+        q, k, v = jnp.split(mixed.reshape(*x.shape[:-1], -1, self.head_width), 3, axis=-2)
         return q, k, v
 
     def merge(
         self, x: jax.Array, attended: jax.Array, *, rngs: nnx.Rngs | None = None, part: Part | None = None
     ) -> jax.Array:
-        """x [..., T, D], attention's output [..., T, H, D / H] -> the block's output [..., T, D]; ``part``: which of a
-        row's tokens these are, None for all."""
-        x = x + dropout(self.out(attended.reshape(x.shape)), self.dropout, rngs, part)
-        return x + dropout(self.ffn(self.norm_ffn(x)), self.dropout, rngs, part)
+        """x [..., T, D], attention's output [..., T, H, head width] -> the block's output [..., T, D]; ``part``: which
+        of a row's tokens these are, None for all."""
+        mixed = self.out.summed(attended.reshape(*x.shape[:-1], -1), self.tensor)
+        x = x + dropout(mixed, self.dropout, rngs, part)
+        return x + dropout(self.ffn(self.norm_ffn(x), tensor=self.tensor), self.dropout, rngs, part)
 
     def cost(self, tokens: int, pairs: float) -> Cost:
         """Cost over ``tokens`` tokens of which ``pairs`` (query, key) pairs are visible."""

@@ -15,10 +15,11 @@ from genrec_jax.config import Trial
 from genrec_jax.data.pipeline import EvaluationBatches, evaluation_batches
 from genrec_jax.data.sequences import Sequences
 from genrec_jax.data.splits import Part
-from genrec_jax.distributed.mesh import gathered, rows_of, share_of, shares
+from genrec_jax.distributed.mesh import gathered, rows_of, shares, shares_of
 from genrec_jax.distributed.processes import on_devices, share_of_rows
 from genrec_jax.models.base import Ranker, Retriever
 from genrec_jax.models.registry import Model
+from genrec_jax.nn.stack import divisions
 from genrec_jax.train.step import bind, pieces_here
 
 _SCORES = 1 << 24  # that are held at a time
@@ -74,9 +75,10 @@ def make_scorer(model: Model, mesh: Mesh | None = None) -> Callable[[Any, Batch]
         return jax.jit(score)
 
     def score_on(params: Any, batch: Batch) -> jax.Array:
-        specs, rows = jax.tree.map(lambda x: share_of(mesh, x.shape), params), rows_of(mesh)
+        specs, rows = shares_of(mesh, params), rows_of(mesh)
         on_mesh = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
-        local = on_mesh(lambda p, b: score(gathered(p, specs), b), in_specs=(specs, rows), out_specs=rows)
+        whole = functools.partial(gathered, mesh, specs=specs, divided=divisions(model))
+        local = on_mesh(lambda p, b: score(whole(p), b), in_specs=(specs, rows), out_specs=rows)
         return jax.lax.with_sharding_constraint(local(params, batch), NamedSharding(mesh, PartitionSpec()))
 
     scorer = jax.jit(score_on)

@@ -21,11 +21,11 @@ from genrec_jax.config import Trial, trial_from_json
 from genrec_jax.data.pipeline import TrainStream
 from genrec_jax.data.sequences import Sequences, digest_of, load
 from genrec_jax.data.splits import Part
-from genrec_jax.distributed.mesh import context_of
+from genrec_jax.distributed.mesh import context_of, tensor_of
 from genrec_jax.distributed.processes import on_devices, records_of, share_of_rows, told_by_all
 from genrec_jax.errors import UserError
 from genrec_jax.models.registry import Model
-from genrec_jax.nn.stack import over_context, rematerialised
+from genrec_jax.nn.stack import over_devices, rematerialised
 from genrec_jax.retrieval_loss import Popularity
 from genrec_jax.train.checkpoint import Checkpoints
 from genrec_jax.train.estimate import abstract_model, account, init_params, make_init
@@ -86,7 +86,7 @@ def train_pack(
     trial = trials[0]
     sequences = load(trial.data.path)
     # What cannot be trained, or divided so, is refused before anything is written.
-    over_context(abstract_model(trial, sequences.schema), context_of(mesh))
+    over_devices(abstract_model(trial, sequences.schema), context_of(mesh), tensor_of(mesh))
     pieces_here(trial.train, mesh)
     share = share_of_rows(mesh, trial.train.batch_rows)
     streams = [
@@ -96,7 +96,7 @@ def train_pack(
     # Only a retriever's loss asks how often an item is a target, and a ranker's rows may hold an event many times.
     popularity = Popularity(streams[0].target_counts()) if trial.model.goal == "retrieval" else None
     model = abstract_model(trial, sequences.schema, popularity)
-    model = over_context(rematerialised(model) if remat else model, context_of(mesh))
+    model = over_devices(rematerialised(model) if remat else model, context_of(mesh), tensor_of(mesh))
     with contextlib.ExitStack() as opened:
         members = []
         for one, run_dir, stream in zip(trials, run_dirs, streams, strict=True):

@@ -14,9 +14,10 @@ from jax.sharding import Mesh, PartitionSpec
 
 from genrec_jax.batch import Batch
 from genrec_jax.config import TrainConfig
-from genrec_jax.distributed.mesh import gathered, placed, row_axes, rows_of, share_of, shares, summed
+from genrec_jax.distributed.mesh import gathered, placed, row_axes, rows_of, shares, shares_of, summed
 from genrec_jax.errors import UserError
 from genrec_jax.models.registry import Model
+from genrec_jax.nn.stack import divisions
 from genrec_jax.train.optimizer import Scalars, make_optimizer, make_row_rule
 from genrec_jax.train.rows import Holding, Place, RowRule, hold_rows, lookups, move_rows, row_states, told, with_rows
 from kernels_pallas.target import target
@@ -219,10 +220,11 @@ def _summed(
 
 def _summed_on(mesh: Mesh, model: Model, params: Any, *arguments: Any) -> _Sums:
     """As :func:`_summed`, by the devices of a mesh."""
-    specs = jax.tree.map(lambda x: share_of(mesh, x.shape), params)
+    specs, divided = shares_of(mesh, params), divisions(model)
 
     def local(params: Any, held: dict[Place, jax.Array], key: jax.Array, parts: Batch, keys: jax.Array) -> _Sums:
-        sums, grads = _summed(model, params, held, key, parts, keys, functools.partial(gathered, specs=specs))
+        whole = functools.partial(gathered, mesh, specs=specs, divided=divided)
+        sums, grads = _summed(model, params, held, key, parts, keys, whole)
         return jax.lax.psum(sums, row_axes(mesh)), summed(mesh, grads, specs)
 
     rows, all_of_it = rows_of(mesh), PartitionSpec()

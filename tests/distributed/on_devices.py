@@ -1,5 +1,6 @@
 """Trains on 8 devices and on one: prints, as JSON, how far the runs come apart. Run as a program on 8 devices."""
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -14,8 +15,9 @@ from genrec_jax.data.pipeline import TrainStream
 from genrec_jax.data.schema import Schema
 from genrec_jax.data.sequences import Sequences
 from genrec_jax.distributed.collectives import KINDS
-from genrec_jax.distributed.mesh import make_mesh, parse_mesh, placed, share_of
+from genrec_jax.distributed.mesh import along, make_mesh, parse_mesh, placed, share_of
 from genrec_jax.distributed.plan import estimated_step, plan_on
+from genrec_jax.distributed.tensor import axis_of
 from genrec_jax.distributed.topology import parse_topology
 from genrec_jax.retrieval_loss import Popularity
 from genrec_jax.train.estimate import abstract_batch, abstract_model, init_params
@@ -60,15 +62,17 @@ def _moved(path: tuple[Any, ...], x: jax.Array) -> np.ndarray:
 
 MESHES = ("data=8", "fsdp=8", "data=2,fsdp=4")
 CONTEXTS = ("data=2,context=4", "fsdp=4,context=2")
+TENSORS = ("data=2,model=4", "fsdp=4,model=2")
+RETRIEVAL = {"data.candidates": 1, "model.negatives": 4}
 # (model, settings, meshes): dropout and negatives are drawn, tables by the row and whole. Rows do not divide evenly
 # into the chunks of a context.
 CASES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("dlrm", {"train.embedding_optimizer": "rowwise_adagrad"}, (*MESHES, "data=4,context=2")),
-    ("hstu", {"model.heads": 4}, (*MESHES, *CONTEXTS)),
-    ("dirl", {"model.heads": 4}, (*MESHES, "data=2,fsdp=2,context=2")),
-    ("hstu_retrieval", {"model.heads": 2, "data.candidates": 1, "model.negatives": 4}, MESHES),
-    ("sasrec", {"model.heads": 4, "data.candidates": 1, "model.negatives": 4}, ("data=2,context=4",)),
-    ("transformer", {"model.heads": 2}, ("data=4,context=2",)),
+    ("hstu", {"model.heads": 4}, (*MESHES, *CONTEXTS, *TENSORS, "data=2,context=2,model=2")),
+    ("dirl", {"model.heads": 4}, (*MESHES, "data=2,fsdp=2,context=2", "data=2,fsdp=2,model=2")),
+    ("hstu_retrieval", {"model.heads": 2, **RETRIEVAL}, MESHES),
+    ("sasrec", {"model.heads": 4, **RETRIEVAL}, ("data=2,context=4", "data=2,context=2,model=2")),
+    ("transformer", {"model.heads": 2}, ("data=4,context=2", "data=4,model=2")),
 ]
 
 
@@ -98,16 +102,26 @@ def exchanged(mesh: Mesh) -> dict[str, float]:
     segment = jax.eval_shape(lambda batch: model.layout.tokens(batch).segment, abstract_batch(trial, schema))
     found = {kind: sum(one.payload for one in plan.collectives if one.kind == kind) for kind in KINDS}
     params = init_params(trial, schema)
-    blocks = sum(x.nbytes for x in jax.tree.leaves(params["stack"]["blocks"]))
-    whole = sum(x.nbytes for x in jax.tree.leaves(params))
-    return found | {"tokens": segment.shape[1], "blocks": blocks, "whole": whole}
+    bytes_of: dict[tuple[bool, bool], float] = dict.fromkeys(itertools.product((False, True), repeat=2), 0.0)
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        spec = share_of(mesh, x.shape, axis_of(path))
+        bytes_of[along(spec, "model") is not None, axis_of(path) is not None] += x.nbytes
+    return found | {
+        "tokens": segment.shape[1],
+        "blocks": sum(x.nbytes for x in jax.tree.leaves(params["stack"]["blocks"])),
+        "biases": sum(x.nbytes for block in params["stack"]["blocks"].values() for x in block["bias"].values()),
+        "taken": bytes_of[True, True],
+        "gathered": bytes_of[True, False],
+        "whole": bytes_of[False, False] + bytes_of[False, True],
+    }
 
 
 def main(folder: Path) -> dict[str, dict[str, float]]:
     sequences, found = random_dataset(folder / "log", users=60), {}
     for mesh in MESHES:
         found[f"sent {mesh}"] = sent(make_mesh(parse_mesh(mesh)))
-    found["exchanged"] = exchanged(make_mesh(parse_mesh("data=2,context=4")))
+    for mesh in ("data=2,context=4", "data=2,model=4"):
+        found[f"exchanged {mesh}"] = exchanged(make_mesh(parse_mesh(mesh)))
     for name, settings, meshes in CASES:
         settings = {"train.learning_rate": 0.003, "train.embedding_learning_rate": 0.003, "model.width": 16, **settings}
         one = trained(sequences, name, settings, None)

@@ -1,6 +1,7 @@
 """Meshes: the numbers of one device; any number of devices goes on with a run; what cannot be is refused."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -45,7 +46,7 @@ def test_eight_devices_follow_one(on_devices: dict[str, dict[str, float]]) -> No
         assert case["loss"] < 1e-5, name
         assert case["params"] < 1e-4, name
         assert case["spread"] > 0.01, name  # losses that change, and by far more than they come apart
-        shares = int(name.partition("fsdp=")[2][:1] or 1)
+        shares = math.prod(int(name.partition(f"{axis}=")[2][:1] or 1) for axis in ("fsdp", "model"))
         assert 1 / shares <= case["held"] < 1 / shares + 0.2, name  # some arrays are small, or cannot be divided evenly
 
 
@@ -71,18 +72,39 @@ def test_a_context_exchanges_what_the_hand_count_says(on_devices: dict[str, dict
     """Two shares of 8 rows, four chunks of a row each. Of each of three blocks queries, keys and values go out and the
     result comes back, and so do their derivatives; the whole row is put together once in either pass. Derivatives of
     blocks are summed over the context, and all of them over the rows."""
-    found = on_devices["exchanged"]
+    found = on_devices["exchanged data=2,context=4"]
     assert found["tokens"] % 4  # the last chunk has padding
     chunk = 8 * -(-found["tokens"] // 4) * 64 * 4
     assert found["all-to-all"] == 3 * 2 * 4 * chunk
     assert found["all-gather"] == 2 * 4 * chunk
-    assert 0 <= found["all-reduce"] - (found["blocks"] + found["whole"] + 8) <= 128
+    parameters = found["whole"] + found["taken"] + found["gathered"]
+    assert 0 <= found["all-reduce"] - (found["blocks"] + parameters + 8) <= 128
+    assert found["reduce-scatter"] == found["collective-permute"] == 0
+
+
+def test_divided_heads_send_what_the_hand_count_says(on_devices: dict[str, dict[str, float]]) -> None:
+    """Two shares of 8 rows, heads divided among four devices. Matrices of the three blocks are exchanged for a device's
+    part and their derivatives come back; other large arrays are gathered, whose derivatives each device has. Of each
+    block the result is summed in one pass and the derivative of its input in the other, and in both the two statistics
+    of the normalisation over all heads; and the derivatives of both tables of relative bias. Over the rows, a
+    device's share of all derivatives."""
+    found = on_devices["exchanged data=2,model=4"]
+    tokens = 8 * found["tokens"] * 4
+    assert found["taken"] > 0.9 * found["blocks"]
+    assert found["all-to-all"] == 2 * found["taken"] / 4
+    assert found["all-gather"] == found["gathered"]
+    sums = 3 * (2 * tokens * 64 + 2 * 2 * tokens) + found["biases"]
+    over_rows = found["whole"] + (found["taken"] + found["gathered"]) / 4
+    assert 0 <= found["all-reduce"] - (sums + over_rows + 8) <= 128
     assert found["reduce-scatter"] == found["collective-permute"] == 0
 
 
 def test_heads_that_a_context_does_not_divide_are_refused(sequences: Sequences, tmp_path: Path) -> None:
     trial, mesh = trial_of(sequences, "hstu", **{"model.heads": 2}), jax.sharding.AbstractMesh((4,), ("context",))
     with pytest.raises(UserError, match=r"model.heads \(2\) must be a multiple of the mesh's context \(4\)"):
+        loop.train(trial, tmp_path / "run", mesh=mesh)
+    mesh = jax.sharding.AbstractMesh((2, 2), ("context", "model"))
+    with pytest.raises(UserError, match=r"multiple of the mesh's context \(2\) times model \(2\)"):
         loop.train(trial, tmp_path / "run", mesh=mesh)
     assert not (tmp_path / "run").exists()
 
@@ -92,6 +114,7 @@ def test_heads_that_a_context_does_not_divide_are_refused(sequences: Sequences, 
     [
         ("hstu", {"model.heads": 2}, "fsdp=2"),
         ("hstu", {"model.heads": 2}, "context=2"),
+        ("dirl", {"model.heads": 2, "model.experts": 3}, "model=2"),
         ("sasrec", {"model.negatives": 3}, "fsdp=2"),
     ],
 )
@@ -124,7 +147,7 @@ def test_a_run_goes_on_with_other_devices(
 
 @pytest.mark.parametrize("text", ["", "data", "data=0", "data=x", "rows=2", "data=1,data=2", "data=-1"])
 def test_a_mesh_that_is_none_is_one_sentence(text: str) -> None:
-    with pytest.raises(UserError, match=r"is not of the form AXIS=DEVICES,…; the axes are: data, fsdp, context"):
+    with pytest.raises(UserError, match=r"is not of the form AXIS=DEVICES,…; the axes are: data, fsdp, context, model"):
         parse_mesh(text)
 
 
@@ -134,7 +157,7 @@ def test_what_does_not_fit_is_refused(sequences: Sequences, tmp_path: Path, caps
     for more, said in (
         (["--mesh", "data=512"], f"the mesh needs 512 devices, {jax.device_count()} are here"),
         (["--mesh", "data=2", "--set", "train.batch_rows=3"], "train.batch_rows (3) must be a multiple of 2"),
-        (["--mesh", "model=2"], "the axes are: data, fsdp"),
+        (["--mesh", "rows=2"], "the axes are: data, fsdp"),
     ):
         with pytest.raises(SystemExit, match="2"):
             main([*given, *more])

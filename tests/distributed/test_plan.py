@@ -57,9 +57,15 @@ def test_meshes_that_fit_are_ranked_by_time_then_memory() -> None:
     assert command.ranked([big, slow, fast, lean]) == [lean, fast, slow, big]
     rows = [{"data": 64}, {"data": 16, "fsdp": 4}, {"data": 4, "fsdp": 16}, {"fsdp": 64}]
     assert command.meshes(64, rows=64, heads=1) == rows
-    assert command.meshes(64, rows=64, heads=8) == [*rows, {"fsdp": 32, "context": 2}, {"fsdp": 8, "context": 8}]
-    assert command.meshes(4, rows=1, heads=4) == [{"context": 4}]
-    assert command.meshes(8, rows=2, heads=4) == [{"fsdp": 2, "context": 4}]
+    assert command.meshes(64, rows=64, heads=8) == [
+        *rows,
+        {"fsdp": 32, "context": 2},
+        {"fsdp": 8, "context": 8},
+        {"fsdp": 32, "model": 2},
+        {"fsdp": 8, "model": 8},
+    ]
+    assert command.meshes(4, rows=1, heads=4) == [{"context": 4}, {"model": 4}]
+    assert command.meshes(8, rows=2, heads=4) == [{"fsdp": 2, "context": 4}, {"fsdp": 2, "model": 4}]
     assert command.meshes(1, rows=1, heads=8) == [{"data": 1}]
 
 
@@ -148,7 +154,7 @@ def test_gpus_are_estimated_without_a_compiler(capsys: pytest.CaptureFixture[str
     ("given", "said"),
     [
         (["dlrm", "--topology", "h100:3", "--items", "9"], "the shapes of h100 are 1, 2, 4"),
-        (["dlrm", "--topology", "h100:8", "--items", "9", "--remat"], "knows no --remat and no context"),
+        (["dlrm", "--topology", "h100:8", "--items", "9", "--remat"], "knows no --remat, no context and no model"),
         (["dlrm", "--topology", "h100:8", "--items", "9", "--set", "train.batch_rows=9"], "must be a multiple of 8"),
         (["nothing", "--topology", "v5e:2x2"], "'nothing' is neither a recipe (amazon-books-hstu"),
         (["dlrm", "--topology", "v5e:2x2"], "needs --items"),
