@@ -230,6 +230,8 @@ def check(trial: Trial) -> None:
             f"configuration key 'train.embedding_optimizer' cannot be {train.embedding_optimizer!r} with "
             "model.negatives=0: the full softmax reads and moves every row"
         )
+    if trial.model.item_rows < 0:
+        raise UserError(f"configuration key 'model.item_rows' must not be negative, not {trial.model.item_rows}")
     if train.embedding_optimizer == "adamw" and train.embedding_precision != "float32":
         raise UserError(
             "configuration key 'train.embedding_precision' can be 'bfloat16' with a row-wise train.embedding_optimizer "

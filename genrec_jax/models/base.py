@@ -10,6 +10,7 @@ from flax import nnx
 from genrec_jax.batch import Batch, Shape
 from genrec_jax.data.schema import Schema
 from genrec_jax.nn.cost import Cost
+from genrec_jax.nn.hashing import Hashing, Kind
 from genrec_jax.retrieval_loss import Popularity
 
 # How a training row is cut from the log: "requests" = one request's candidates with the history before it; "prefixes" =
@@ -21,15 +22,26 @@ Goal = Literal["ranking", "retrieval"]
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Base of every architecture's configuration; ``name`` is its registry name."""
+    """Base of every architecture's configuration; ``name`` is its registry name.
+
+    item_rows: rows that the items share, fewer than there are items; 0 for a row per item. item_hashing: how they do
+    (:class:`genrec_jax.nn.hashing.Hashing`).
+    """
 
     name: ClassVar[str]
     goal: ClassVar[Goal] = "ranking"
+    item_rows: int = 0
+    item_hashing: Kind = "quotient_remainder"
 
     @property
     def rows(self) -> Rows:
         """How training rows are cut: fixed here, a key of the configuration where an architecture has a choice."""
         return "requests"
+
+    @property
+    def hashing(self) -> Hashing | None:
+        """How items share rows, if they do."""
+        return Hashing(self.item_hashing, self.item_rows) if self.item_rows else None
 
     def check(self) -> None:
         """Raises UserError naming the ``model.`` key if the sizes are impossible."""
@@ -39,13 +51,14 @@ class ModelConfig:
 class Build:
     """What the data decides: the schema, the static row shape and the compute type (float32 or bfloat16).
 
-    popularity: of the items as training targets; None where nothing is trained.
+    popularity: of the items as training targets; None where nothing is trained. hashing: of the item table.
     """
 
     schema: Schema
     shape: Shape
     dtype: jnp.dtype
     popularity: Popularity | None = None
+    hashing: Hashing | None = None
 
 
 class Ranker(nnx.Module):

@@ -21,7 +21,7 @@ class PointwiseRanker(Ranker):
     def __init__(self, build: Build, embedding: int, *, rngs: nnx.Rngs):
         """``embedding``: d, the width of every field."""
         self.schema, self.dtype = build.schema, build.dtype
-        self.fields = Fields(build.schema, embedding, dtype=build.dtype, rngs=rngs)
+        self.fields = Fields(build.schema, embedding, hashing=build.hashing, dtype=build.dtype, rngs=rngs)
         self.dense = request_feature_count(build.schema)
         self.flat = self.fields.count * embedding + self.dense
 

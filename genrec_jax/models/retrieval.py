@@ -15,7 +15,7 @@ from genrec_jax.models.base import Build, Retriever, Rows
 from genrec_jax.models.sequence import SequenceConfig
 from genrec_jax.nn.basic import dropout
 from genrec_jax.nn.cost import Cost, total
-from genrec_jax.nn.embedding import Table
+from genrec_jax.nn.hashing import item_table
 from genrec_jax.nn.stack import Block, Stack
 from genrec_jax.retrieval_loss import draw_negatives, full_softmax, l2_normalise, sampled_softmax
 
@@ -79,7 +79,7 @@ class NextItemRetriever(Retriever):
         self.dropout, self.dtype = config.dropout, build.dtype
         self.shared_negatives, self.logq = config.shared_negatives, config.logq
         self.popular, self.popularity = config.sampling == "popularity", build.popularity
-        self.items_table = Table(build.schema.items, config.width, std=0.02, rngs=rngs)
+        self.items_table = item_table(build.schema.items, config.width, hashing=build.hashing, std=0.02, rngs=rngs)
         self.positions = nnx.Param(positions(rngs.params(), (build.shape.history + RESERVED, config.width)))
         self.stack = Stack([block() for _ in range(config.depth)], longest=reach)
 

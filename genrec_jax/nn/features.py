@@ -11,7 +11,8 @@ from flax import nnx
 from genrec_jax.batch import Batch, Shape
 from genrec_jax.data.schema import Feature, Schema
 from genrec_jax.nn.cost import Cost
-from genrec_jax.nn.embedding import FeatureTables, Table
+from genrec_jax.nn.embedding import FeatureTables
+from genrec_jax.nn.hashing import Hashing, item_table
 
 DAY = 86_400  # seconds
 RECENT = 8  # events of the short-term rate
@@ -175,11 +176,19 @@ class Fields(nnx.Module):
     the bag of the items it was positive on. Bags share the item table.
     """
 
-    def __init__(self, schema: Schema, dim: int, *, dtype: jnp.dtype | None = None, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        schema: Schema,
+        dim: int,
+        *,
+        hashing: Hashing | None = None,
+        dtype: jnp.dtype | None = None,
+        rngs: nnx.Rngs,
+    ):
         self.dim, self.bags = dim, 1 + len(schema.tasks)
         self.item_width = dim * (1 + len(schema.item_features))
         self.count = len(schema.context_features) + 1 + len(schema.item_features) + self.bags
-        self.items = Table(schema.items, dim, dtype=dtype, rngs=rngs)
+        self.items = item_table(schema.items, dim, hashing=hashing, dtype=dtype, rngs=rngs)
         self.sides = FeatureTables(schema.item_features, dim, dtype=dtype, rngs=rngs)
         self.contexts = FeatureTables(schema.context_features, dim, dtype=dtype, rngs=rngs)
 

@@ -9,6 +9,7 @@ from genrec_jax.data.schema import Schema
 from genrec_jax.nn.basic import MLP
 from genrec_jax.nn.cost import Cost, total
 from genrec_jax.nn.embedding import FeatureTables, Table
+from genrec_jax.nn.hashing import Hashing, item_table
 
 
 class ItemEncoder(nnx.Module):
@@ -17,8 +18,8 @@ class ItemEncoder(nnx.Module):
     The factor brings table rows (of norm near one) to entries of order one, as in the public HSTU code.
     """
 
-    def __init__(self, schema: Schema, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.items = Table(schema.items, width, dtype=dtype, rngs=rngs)
+    def __init__(self, schema: Schema, width: int, *, hashing: Hashing | None = None, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.items = item_table(schema.items, width, hashing=hashing, dtype=dtype, rngs=rngs)
         self.features = FeatureTables(schema.item_features, width, dtype=dtype, rngs=rngs)
         self.scale = width**0.5
 

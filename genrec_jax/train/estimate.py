@@ -69,12 +69,17 @@ def abstract_model(trial: Trial, schema: Schema, popularity: Popularity | None =
     """The trial's model with shapes in place of parameters: it states its cost, and runs once parameters are bound.
 
     ``popularity``: of the training targets, which a loss may need.
-    Raises UserError for a ranker on a dataset without labels.
+    Raises UserError for a ranker on a dataset without labels, and for items that share more rows than they are.
     """
     if trial.model.goal == "ranking" and not schema.tasks:
         raise UserError(
             f"model {trial.model.name!r} ranks by labels and the dataset has none: import it with --label, or use "
             "hstu_retrieval or sasrec"
+        )
+    if trial.model.item_rows >= schema.items:
+        raise UserError(
+            f"configuration key 'model.item_rows' ({trial.model.item_rows}) must be less than the dataset's items "
+            f"({schema.items}), or 0 for a row per item"
         )
     return nnx.eval_shape(lambda: _build(trial, schema, nnx.Rngs(0), popularity))
 
@@ -123,7 +128,7 @@ def make_init(trial: Trial, schema: Schema) -> Callable[[int], Any]:
 
 
 def _build(trial: Trial, schema: Schema, rngs: nnx.Rngs, popularity: Popularity | None = None) -> Model:
-    build = Build(schema, trial.data.shape, jnp.dtype(trial.train.precision), popularity)
+    build = Build(schema, trial.data.shape, jnp.dtype(trial.train.precision), popularity, trial.model.hashing)
     return registry.build(trial.model, build, rngs=rngs)
 
 

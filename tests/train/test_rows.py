@@ -36,6 +36,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "hstu": ("hstu", SMALL),
     "dirl": ("dirl", SMALL),
     "sasrec": ("sasrec", USERS),
+    "quotients and remainders": ("dlrm", {"model.item_rows": 500, "train.embedding_weight_decay": 0.1}),
+    "two hashes": ("hstu", {**SMALL, "model.item_rows": 900, "model.item_hashing": "double"}),
     "shared negatives": ("hstu_retrieval", {**USERS, "model.shared_negatives": True}),
     "logq": ("hstu_retrieval", {**USERS, "model.sampling": "popularity", "model.logq": True}),
 }
@@ -149,7 +151,7 @@ def test_a_step_moves_what_it_reads_by_the_true_gradient(sequences: Sequences, n
         moved, state = rule.move(
             old[rows], clipped * grad[rows], {"square": jnp.zeros(len(rows))}, jnp.zeros((), jnp.int32)
         )
-        kept = np.asarray(after.opt["rows"]["/".join(path)]["square"])
+        kept = np.asarray(after.opt["rows"]["/".join(map(str, path))]["square"])
         # Adagrad's first step is by the gradient's direction, which the smallest gradients lose to rounding.
         large = np.abs(grad[rows]).max(axis=1) > 1e-6
         np.testing.assert_allclose(new[rows][large], moved[large], rtol=1e-3, atol=1e-5, err_msg=str(path))
