@@ -10,9 +10,11 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from genrec_jax.distributed.context import ALONE, Context
 from genrec_jax.errors import UserError
+from genrec_jax.nn import embedding
 
-# The first two divide the rows of a batch. fsdp also divides every parameter and what the optimiser keeps of it: a
-# device holds its share, and gathers the whole while it computes with it (Zhao et al., "PyTorch FSDP", VLDB 2023).
+# The first two divide the rows of a batch, and the rows of large tables (genrec_jax/distributed/tables.py). fsdp also
+# divides every parameter and what the optimiser keeps of it: a device holds its share, and gathers the whole while it
+# computes with it (Zhao et al., "PyTorch FSDP", VLDB 2023).
 # context divides the tokens of every row (genrec_jax/distributed/context.py).
 AXES = ("data", "fsdp", "context")
 _SMALLEST = 1024  # elements of an array that is worth dividing
@@ -49,7 +51,7 @@ def row_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     return tuple(axis for axis in mesh.axis_names if axis != "context")
 
 
-def rows_of(mesh: Mesh) -> PartitionSpec:
+def rows_of(mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """Of arrays whose first axis is the rows of a batch."""
     return PartitionSpec(row_axes(mesh))
 
@@ -60,8 +62,14 @@ def context_of(mesh: Mesh | None) -> Context:
     return Context("context", size) if size > 1 else ALONE
 
 
-def share_of(mesh: Mesh | AbstractMesh, shape: tuple[int, ...]) -> PartitionSpec:
-    """How fsdp divides a parameter of a ``shape``: along its longest axis of those that it divides evenly, if any."""
+def share_of(mesh: Mesh | AbstractMesh, shape: tuple[int, ...], path: tuple = ()) -> PartitionSpec:
+    """How devices divide an array of a ``shape`` that stands at ``path`` in a trial's state or its parameters.
+
+    What has a row for every row of a large table: along these, by all devices that divide the rows of a batch. The
+    rest by fsdp, along its longest axis of those that it divides evenly, if any.
+    """
+    if large_table(shape, path) and shares(mesh) > 1 and shape[0] % shares(mesh) == 0:
+        return rows_of(mesh)
     size = mesh.shape.get("fsdp", 1)
     even = [axis for axis, length in enumerate(shape) if length % size == 0]
     if size == 1 or not even or math.prod(shape) < _SMALLEST:
@@ -70,25 +78,39 @@ def share_of(mesh: Mesh | AbstractMesh, shape: tuple[int, ...]) -> PartitionSpec
     return PartitionSpec(*(None,) * longest, "fsdp")
 
 
+def large_table(shape: tuple[int, ...], path: tuple) -> bool:
+    """Whether an array is a large table, or its moments, or what a row-wise rule keeps of its rows."""
+    names = [getattr(key, "key", getattr(key, "name", None)) for key in path]
+    return (names[-1:] == ["rows_table"] or names[:2] == ["opt", "rows"]) and shape[0] >= embedding.LARGE
+
+
+def specs_of(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
+    """:func:`share_of` every array of a trial's state, or of its parameters."""
+    return jax.tree_util.tree_map_with_path(lambda path, x: share_of(mesh, x.shape, path), tree)
+
+
 def placed(mesh: Mesh | AbstractMesh, state: Any) -> Any:
     """The sharding of every array of a trial's state."""
-    return jax.tree.map(lambda x: NamedSharding(mesh, share_of(mesh, x.shape)), state)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs_of(mesh, state))
 
 
 def gathered(params: Any, specs: Any) -> Any:
-    """Whole parameters from a device's shares, in `jax.shard_map`; the derivative is summed over fsdp and divided."""
+    """Whole parameters from a device's shares, in `jax.shard_map`; the derivative is summed over the axes that divide
+    them, and divided."""
 
     def whole(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-        return jax.lax.all_gather(x, "fsdp", axis=spec.index("fsdp"), tiled=True) if "fsdp" in spec else x
+        divided = [axis for axis, over in enumerate(spec) if over is not None]
+        return jax.lax.all_gather(x, spec[divided[0]], axis=divided[0], tiled=True) if divided else x
 
     return jax.tree.map(whole, params, specs)
 
 
 def summed(mesh: Mesh, grads: Any, specs: Any) -> Any:
-    """Sums of a device's gradients over the axes of rows that :func:`gathered` has not summed over."""
+    """Sums of a device's gradients over the axes of rows that do not divide them: those that :func:`gathered` has not
+    summed over."""
 
     def over_others(g: jax.Array, spec: PartitionSpec) -> jax.Array:
-        others = tuple(axis for axis in row_axes(mesh) if axis not in spec)
+        others = tuple(axis for axis in row_axes(mesh) if axis not in jax.tree.leaves(tuple(spec)))
         return jax.lax.psum(g, others) if others else g
 
     return jax.tree.map(over_others, grads, specs)
