@@ -178,6 +178,16 @@ def lent_on(mesh: Mesh | None, params: Any, paths: Any) -> set[Place]:
     return {path for path in large if share_of(mesh, shapes[path], named[path]) == rows_of(mesh)}
 
 
+def asked_on(mesh: Mesh, ask: Callable[..., Any], params: Any, takes: tuple[PartitionSpec, ...], *given: Any) -> Any:
+    """What ``ask(params, *given)`` says that the devices, each with its share of what is ``given``, ask tables for; see
+    `genrec_jax.train.rows.asked_by`. Numbers of the parameters make no difference to it: none are read."""
+
+    def local(*given: Any) -> Any:
+        return ask(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params), *given)
+
+    return _on(mesh, local, takes, rows_of(mesh))(*given)
+
+
 def borrow(mesh: Mesh, params: Any, asked: dict[Place, jax.Array]) -> tuple[Any, dict[Place, Lent]]:
     """The parameters with the rows that the devices ask for, float32 [devices U, D], in place of tables, and which.
 

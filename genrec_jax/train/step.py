@@ -15,7 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 from genrec_jax.batch import Batch
 from genrec_jax.config import TrainConfig
 from genrec_jax.distributed.mesh import gathered, placed, row_axes, rows_of, shares, specs_of, summed
-from genrec_jax.distributed.tables import Lent, Returned, borrow, give_back, lent_on, move_lent
+from genrec_jax.distributed.tables import Lent, Returned, asked_on, borrow, give_back, lent_on, move_lent
 from genrec_jax.errors import UserError
 from genrec_jax.models.registry import Model
 from genrec_jax.train.optimizer import Scalars, make_optimizer, make_row_rule
@@ -135,8 +135,6 @@ def training_step(
     :func:`genrec_jax.distributed.mesh.placed` says; the numbers are those of one device with as many pieces, but for
     the order of the sums.
     """
-    asked = functools.partial(_asked, model) if mesh is None else functools.partial(_asked_on, mesh, model)
-
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         parts = jax.tree.map(lambda x: x.reshape(pieces, x.shape[0] // pieces, *x.shape[1:]), batch)
@@ -146,7 +144,7 @@ def training_step(
         lent: dict[Place, Lent] = {}
         back: dict[Place, Returned] = {}
         if tables is not None:
-            ids = asked(params, key, parts, keys)
+            ids = _asked(model, params, key, parts, keys, mesh)
             far = lent_on(mesh, params, ids)
             params, held = hold_rows(params, {path: own for path, own in ids.items() if path not in far})
             if mesh is not None:
@@ -185,21 +183,18 @@ def _rngs(key: jax.Array, own: jax.Array) -> nnx.Rngs:
     return nnx.Rngs(own, batch=jax.random.fold_in(key, 1))
 
 
-def _asked(model: Model, params: Any, key: jax.Array, parts: Batch, keys: jax.Array) -> dict[Place, jax.Array]:
-    """The ids [pieces, N] that the pieces ask each table for."""
-    # Bound where it is used: what a model holds may only change at the trace level that made it.
-    return jax.lax.map(lambda part: lookups(bind(model, params), part[0], _rngs(key, part[1])), (parts, keys))
+def _asked(
+    model: Model, params: Any, key: jax.Array, parts: Batch, keys: jax.Array, mesh: Mesh | None
+) -> dict[Place, jax.Array]:
+    """The rows [pieces, N] that the pieces ask each table for."""
 
+    def ask(params: Any, key: jax.Array, parts: Batch, keys: jax.Array) -> dict[Place, jax.Array]:
+        # Bound where it is used: what a model holds may only change at the trace level that made it.
+        return jax.lax.map(lambda part: lookups(bind(model, params), part[0], _rngs(key, part[1])), (parts, keys))
 
-def _asked_on(mesh: Mesh, model: Model, params: Any, *arguments: Any) -> dict[Place, jax.Array]:
-    """As :func:`_asked`, by the devices of a mesh; what the parameters are makes no difference to the ids."""
-
-    def local(key: jax.Array, parts: Batch, keys: jax.Array) -> dict[Place, jax.Array]:
-        return _asked(model, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params), key, parts, keys)
-
-    rows, whole = rows_of(mesh), PartitionSpec()
-    on_mesh = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
-    return on_mesh(local, in_specs=(whole, rows, rows), out_specs=rows)(*arguments)
+    if mesh is None:
+        return ask(params, key, parts, keys)
+    return asked_on(mesh, ask, params, (PartitionSpec(), rows_of(mesh), rows_of(mesh)), key, parts, keys)
 
 
 _Sums = tuple[tuple[jax.Array, jax.Array], Any]

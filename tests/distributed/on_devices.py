@@ -72,6 +72,17 @@ CASES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
 ]
 
 
+ROW_WISE = {"train.embedding_optimizer": "rowwise_adagrad"}
+# As above with large tables.
+LENT: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
+    ("dlrm", ROW_WISE, ("data=8",)),
+    ("dlrm", {"train.embedding_optimizer": "rowwise_adamw"}, ("data=2,fsdp=4",)),
+    ("hstu", {"model.heads": 2, **ROW_WISE}, ("data=4,context=2",)),
+    ("hstu_retrieval", {"model.heads": 2, "data.candidates": 1, "model.negatives": 4, **ROW_WISE}, ("fsdp=8",)),
+    ("sasrec", {"model.heads": 2, "data.candidates": 1, "model.negatives": 0}, ("data=2,fsdp=4",)),
+]
+
+
 def sent(mesh: Mesh) -> dict[str, float]:
     """Bytes of the collectives of a compiled step of DLRM, by kind, beside those of its parameters."""
     trial = override(default_trial("dlrm"), {"train.batch_rows": 16, "model.width": 64, "data.history": 8})

@@ -14,6 +14,7 @@ from experiments.cli import main
 from genrec_jax.data.sequences import Sequences
 from genrec_jax.distributed.mesh import make_mesh, parse_mesh
 from genrec_jax.errors import UserError
+from genrec_jax.nn import embedding
 from genrec_jax.train import loop
 from tests.data.helpers import random_dataset
 from tests.distributed.on_devices import CASES
@@ -88,17 +89,28 @@ def test_heads_that_a_context_does_not_divide_are_refused(sequences: Sequences, 
 
 
 @pytest.mark.parametrize(
-    ("model", "settings", "devices"),
+    ("model", "settings", "devices", "large"),
     [
-        ("hstu", {"model.heads": 2}, "fsdp=2"),
-        ("hstu", {"model.heads": 2}, "context=2"),
-        ("sasrec", {"model.negatives": 3}, "fsdp=2"),
+        ("hstu", {"model.heads": 2}, "fsdp=2", 2**14),
+        ("hstu", {"model.heads": 2}, "context=2", 2**14),
+        ("sasrec", {"model.negatives": 3}, "fsdp=2", 2**14),
+        ("sasrec", {"model.negatives": 0}, "data=2", 16),
+        ("dlrm", {"train.embedding_optimizer": "rowwise_adagrad"}, "data=2", 16),
     ],
 )
 def test_a_run_goes_on_with_other_devices(
-    sequences: Sequences, tmp_path: Path, model: str, settings: dict, devices: str
+    sequences: Sequences,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    model: str,
+    settings: dict,
+    devices: str,
+    large: int,
 ) -> None:
-    """On two devices up to a kill and on one after it, evaluations included, as on one from the beginning."""
+    """On two devices up to a kill and on one after it, evaluations included, as on one from the beginning. Tables of
+    ``large`` ids or more are divided by rows."""
+    monkeypatch.setattr(embedding, "LARGE", large)
+    monkeypatch.setattr(embedding, "SPREAD", 8)
     retrieval = {"data.candidates": 1, "model.heads": 2} if model == "sasrec" else {}
     trial = trial_of(sequences, model, **{"train.pieces": 4, "train.validations": 4, **settings, **retrieval})
     whole = loop.train(trial, tmp_path / "one")
