@@ -30,8 +30,8 @@ class Collective:
 
 
 def collectives(text: str, devices: int) -> tuple[Collective, ...]:
-    """The collectives of a compiled program for ``devices``; those in a loop count once, those in the scope `SELDOM` not
-    at all."""
+    """The collectives of a compiled program for ``devices``: those in a loop count once, those in the scope `SELDOM`
+    not at all."""
     found, chains = [], set()
     for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
         call, chain = _CALL.search(line), _CHAIN.search(line)

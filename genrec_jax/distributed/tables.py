@@ -16,7 +16,7 @@ Devices along other axes of the mesh do the same exchange, each for itself.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from genrec_jax.distributed.collectives import SELDOM
-from genrec_jax.distributed.mesh import large_table, row_axes, rows_of, share_of, shares
+from genrec_jax.distributed.mesh import large_table, row_axes, rows_of, share_of, shares, specs_of
 from genrec_jax.train.rows import Holding, Place, RowRule, RowState, holding, key_of, move_held, name_of, with_rows
 from genrec_jax.train.rows import rows_of as table_of
 
@@ -144,8 +144,8 @@ class Lent:
     """What the devices of a mesh have borrowed of one table; arrays are divided over them.
 
     ids [devices U] int32: the rows that each has at hand, by their places in the table, ascending, each once; past its
-    end where a device has fewer. wanted [devices devices room]: what the others ask each for in the first round. rounds:
-    of the exchange.
+    end where a device has fewer. wanted [devices devices room]: what the others ask each for in the first round.
+    rounds: of the exchange, a scalar.
     """
 
     ids: jax.Array
@@ -168,14 +168,21 @@ class Returned:
     rest: jax.Array
 
 
-def lent_on(mesh: Mesh | None, params: Any, paths: Any) -> set[Place]:
+def lent_on(mesh: Mesh | AbstractMesh | None, params: Any, paths: Iterable[Place]) -> list[Place]:
     """Which of the tables at ``paths`` the devices of a mesh lend each other."""
     if mesh is None:
-        return set()
+        return []
     named = {path: (*map(jax.tree_util.DictKey, path), jax.tree_util.DictKey("rows_table")) for path in paths}
     shapes = {path: table_of(params, path).shape for path in named}
-    large = {path for path, place in named.items() if large_table(shapes[path], place)}
-    return {path for path in large if share_of(mesh, shapes[path], named[path]) == rows_of(mesh)}
+    large = [path for path, place in named.items() if large_table(shapes[path], place)]
+    return [path for path in large if share_of(mesh, shapes[path], named[path]) == rows_of(mesh)]
+
+
+def specs_with(mesh: Mesh, params: Any, lent: Iterable[Place]) -> tuple[Any, Any]:
+    """How parameters with rows that are ``lent`` in place of tables are divided, and how far they are to be gathered:
+    each device keeps the rows it has at hand."""
+    specs = with_rows(specs_of(mesh, params), dict.fromkeys(lent, rows_of(mesh)))
+    return specs, with_rows(specs, dict.fromkeys(lent, PartitionSpec()))
 
 
 def asked_on(mesh: Mesh, ask: Callable[..., Any], params: Any, takes: tuple[PartitionSpec, ...], *given: Any) -> Any:
@@ -248,7 +255,13 @@ def move_lent(
     for path, one in lent.items():
 
         def local(
-            table: jax.Array, state: RowState, lent: Lent, back: Returned, own: jax.Array, step: jax.Array, key: jax.Array
+            table: jax.Array,
+            state: RowState,
+            lent: Lent,
+            back: Returned,
+            own: jax.Array,
+            step: jax.Array,
+            key: jax.Array,
         ) -> tuple[jax.Array, RowState]:
             boxes = lent.boxes
             first = jax.lax.axis_index(boxes.axes) * boxes.block
@@ -262,9 +275,9 @@ def move_lent(
 
             return _more(lent.rounds, later, (table, state))
 
-        own, whole = rows_of(mesh), PartitionSpec()
-        named = name_of(path)
-        specs = (own, own, Lent(own, own, whole, one.boxes), own, own, whole, whole)
+        named, own, whole = name_of(path), rows_of(mesh), PartitionSpec()
+        of_lent = jax.tree.map(lambda x, of=(whole, own): of[x.ndim], one)
+        specs = (own, own, of_lent, own, own, whole, whole)
         moved[path], states[named] = _on(mesh, local, specs, own)(
             table_of(params, path),
             states[named],

@@ -129,8 +129,7 @@ class Table(nnx.Module):
 
     def ids(self) -> jax.Array:
         """Whose rows they are [U]: of all in turn, unless the table holds a few."""
-        whole = self.held is None
-        return jnp.arange(self.vocab, dtype=jnp.int32) if whole else id_of(self.held[...], self.vocab)
+        return jnp.arange(self.vocab, dtype=jnp.int32) if self.held is None else id_of(self.held[...], self.vocab)
 
     def pooled(self, ids: jax.Array) -> jax.Array:
         """ids [..., width] -> mean over the non-zero ids [..., dim]; zeros if there are none."""

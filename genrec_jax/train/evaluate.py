@@ -15,12 +15,12 @@ from genrec_jax.config import Trial
 from genrec_jax.data.pipeline import EvaluationBatches, evaluation_batches
 from genrec_jax.data.sequences import Sequences
 from genrec_jax.data.splits import Part
-from genrec_jax.distributed.mesh import gathered, rows_of, shares, specs_of
+from genrec_jax.distributed.mesh import gathered, rows_of, shares
 from genrec_jax.distributed.processes import on_devices, share_of_rows
-from genrec_jax.distributed.tables import asked_on, borrow, lent_on
+from genrec_jax.distributed.tables import asked_on, borrow, lent_on, specs_with
 from genrec_jax.models.base import Ranker, Retriever
 from genrec_jax.models.registry import Model
-from genrec_jax.train.rows import Place, asked_by, told, with_rows
+from genrec_jax.train.rows import Place, asked_by, told
 from genrec_jax.train.step import bind, pieces_here
 
 _SCORES = 1 << 24  # that are held at a time
@@ -78,8 +78,7 @@ def make_scorer(model: Model, mesh: Mesh | None = None) -> Callable[[Any, Batch]
 
     def score_on(params: Any, batch: Batch) -> jax.Array:
         params, ids = _lent(mesh, model, params, batch) if isinstance(model, Ranker) else (params, {})
-        specs = with_rows(specs_of(mesh, params), dict.fromkeys(ids, rows))
-        divided = with_rows(specs, dict.fromkeys(ids, PartitionSpec()))
+        specs, divided = specs_with(mesh, params, ids)
 
         def local(params: Any, batch: Batch, ids: dict[Place, jax.Array]) -> jax.Array:
             return score(gathered(params, divided), batch, ids)
@@ -98,8 +97,8 @@ def make_scorer(model: Model, mesh: Mesh | None = None) -> Callable[[Any, Batch]
 
 
 def _lent(mesh: Mesh, model: Ranker, params: Any, batch: Batch) -> tuple[Any, dict[Place, jax.Array]]:
-    """The parameters with what each device's rows of a batch read of large tables in place of these, and whose rows they
-    are. A retriever reads its table whole."""
+    """The parameters with what each device's rows of a batch read of large tables in place of these, and which rows
+    they are. A retriever reads its table whole."""
 
     def asked(params: Any, batch: Batch) -> dict[Place, jax.Array]:
         bound = bind(model, params)

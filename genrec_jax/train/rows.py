@@ -6,7 +6,7 @@ What a step costs does not depend on how many rows a table has.
 
 import dataclasses
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -68,8 +68,8 @@ class RowRule:
 class Holding:
     """What of one table, or of a device's block of it, a step works on.
 
-    ids [U] int32, ascending: the rows at hand, by their places in it. write [U]: where they go back to; past the table's end for a place that
-    holds none of the rows that were asked for.
+    ids [U] int32, ascending: the rows at hand, by their places in it. write [U]: where they go back to; past the
+    table's end for a place that holds none of the rows that were asked for.
     """
 
     ids: jax.Array
@@ -203,12 +203,12 @@ def rows_of(params: Any, path: Place) -> jax.Array:
     return params
 
 
-def with_rows(params: Any, new: dict[Place, jax.Array]) -> Any:
+def with_rows(params: Any, new: Mapping[Place, Any]) -> Any:
     """A copy of the tree with these rows in their tables."""
     for path, rows in new.items():
         params = _with(params, (*path, "rows_table"), rows)
     return params
 
 
-def _with(tree: Any, path: Place, value: jax.Array) -> Any:
+def _with(tree: Any, path: Place, value: Any) -> Any:
     return value if not path else {**tree, path[0]: _with(tree[path[0]], path[1:], value)}

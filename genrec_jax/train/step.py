@@ -14,8 +14,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from genrec_jax.batch import Batch
 from genrec_jax.config import TrainConfig
-from genrec_jax.distributed.mesh import gathered, placed, row_axes, rows_of, shares, specs_of, summed
-from genrec_jax.distributed.tables import Lent, Returned, asked_on, borrow, give_back, lent_on, move_lent
+from genrec_jax.distributed.mesh import gathered, placed, row_axes, rows_of, shares, summed
+from genrec_jax.distributed.tables import Lent, Returned, asked_on, borrow, give_back, lent_on, move_lent, specs_with
 from genrec_jax.errors import UserError
 from genrec_jax.models.registry import Model
 from genrec_jax.train.optimizer import Scalars, make_optimizer, make_row_rule
@@ -135,6 +135,7 @@ def training_step(
     :func:`genrec_jax.distributed.mesh.placed` says; the numbers are those of one device with as many pieces, but for
     the order of the sums.
     """
+
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         parts = jax.tree.map(lambda x: x.reshape(pieces, x.shape[0] // pieces, *x.shape[1:]), batch)
@@ -240,8 +241,7 @@ def _summed_on(
     """As :func:`_summed`, by the devices of a mesh; ``lent``: the ids of rows that stand in place of tables, others on
     every device, and so are their gradients."""
     rows, all_of_it = rows_of(mesh), PartitionSpec()
-    specs = with_rows(specs_of(mesh, params), dict.fromkeys(lent, rows))
-    divided = with_rows(specs, dict.fromkeys(lent, all_of_it))
+    specs, divided = specs_with(mesh, params, lent)
 
     def local(
         params: Any, held: dict[Place, jax.Array], lent: dict[Place, jax.Array], key: Any, parts: Batch, keys: Any

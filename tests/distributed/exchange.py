@@ -10,7 +10,8 @@ import numpy as np
 from genrec_jax.distributed.mesh import make_mesh, parse_mesh, rows_of
 from genrec_jax.distributed.tables import borrow, give_back, lent_on, move_lent
 from genrec_jax.nn import embedding
-from genrec_jax.train.rows import RowRule, rows_of as table_of
+from genrec_jax.train.rows import RowRule
+from genrec_jax.train.rows import rows_of as table_of
 
 ROWS, WIDTH, ASKED, DEVICES = 512, 5, 64, 8  # an even share of what one asks for is 8 rows, a box has room for 16
 PLACE = ("items",)
@@ -42,7 +43,7 @@ def compiled(mesh: Any) -> Any:
 
     @jax.jit
     def step(params: Any, state: Any, asked: jax.Array, grads: jax.Array) -> Any:
-        assert lent_on(mesh, params, [PLACE]) == {PLACE}
+        assert lent_on(mesh, params, [PLACE]) == [PLACE]
         at_hand, lent = borrow(mesh, params, {PLACE: asked})
         rows, ids = table_of(at_hand, PLACE), lent[PLACE].ids
         back, returned = give_back(mesh, {"items": {"rows_table": grads}}, lent)
