@@ -5,17 +5,19 @@ A device asks for a row once, however often its part of the batch reads it. The 
 return of its gradient, so that it counts once in the gradient's norm, and moves it. What a device sends and holds grows
 with its own part of the batch, not with the whole, nor with the table.
 
-Every two devices exchange a box of rows whose size is known beforehand, half as large again as an even share. Where ids
-crowd in a block and a box would overflow, the rows are dealt into several rounds by their places in the block, in which
-all devices take part: round k of R has the places p with p % R == k. So copies of a row that several devices borrowed
-come back in the same round. The boxes are padded, where `jax.lax.ragged_all_to_all` would send no more than there is,
-for XLA has that on accelerators alone.
+Ids are dealt out over the blocks (`genrec_jax.nn.embedding.place_of`), so the rows that a device asks another for are
+about as many as in a random draw. Every two devices exchange a box of rows whose size is known beforehand, an even
+share and six standard deviations of such a draw. Where a box would overflow all the same, the rows are dealt into
+several rounds by their places in the block, in which all devices take part: round k of R has the places p with p % R ==
+k. So copies of a row that several devices borrowed come back in the same round. The boxes are padded, where
+`jax.lax.ragged_all_to_all` would send no more than there is, for XLA has that on accelerators alone.
 
 Devices along other axes of the mesh do the same exchange, each for itself.
 """
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -128,8 +130,8 @@ def _more[T](rounds: jax.Array, body: Callable[[jax.Array, T], T], start: T) -> 
 
 def room_for(ids: int, devices: int, block: int) -> int:
     """Rows of a box, when a device asks for as many ``ids``."""
-    even = -(-3 * ids // (2 * devices))
-    return min(block, -(-even // _TILE) * _TILE)
+    even = ids / devices
+    return min(block, -(-int(even + 6 * math.sqrt(even)) // _TILE) * _TILE)
 
 
 def boxes_for(mesh: Mesh | AbstractMesh, ids: int, rows: int) -> Boxes:

@@ -21,7 +21,7 @@ _recorded: ContextVar[dict[int, list[jax.Array]] | None] = ContextVar("recorded"
 LARGE = 2**14
 # Rows of a large table are a multiple of this, so that any such power of two divides them, and so are its ids dealt
 # out: datasets number items by first appearance, popular ones early, and a block of neighbours would hold them all.
-SPREAD = 1024
+SPREAD = 4096
 _BLOCK = 2**18  # rows drawn at a time
 
 

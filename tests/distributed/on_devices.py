@@ -119,8 +119,8 @@ def exchanged(mesh: Mesh) -> dict[str, float]:
 
 
 def lent(mesh: Mesh) -> dict[str, float]:
-    """Bytes of the collectives of a compiled step of DLRM, whose table is large, has a row-wise rule and is in bfloat16,
-    by kind; beside them those of its other parameters and the table's width."""
+    """Bytes of the collectives of a compiled step of DLRM, by kind, whose table is large, has a row-wise rule and is in
+    bfloat16; beside them those of its other parameters and the table's width."""
     row_wise = {"train.embedding_optimizer": "rowwise_adagrad", "train.embedding_precision": "bfloat16"}
     settings = {"train.batch_rows": 16, "model.width": 64, "data.history": 24, "data.candidates": 8, **row_wise}
     trial, schema = override(default_trial("dlrm"), settings), Schema(items=1024, tasks=("click",))

@@ -36,11 +36,11 @@ def exchanged() -> dict[str, dict[str, float]]:
     ("case", "rounds"),
     [
         ("uniform", 1),
-        ("one block", 4),  # of 41 of a block's 64 rows on average
+        ("one block", 2),  # of 25 of a block's 64 rows on average, where a box has room for 16
         ("one row", 1),
         ("padded", 1),
         ("one asks for padding alone", 1),
-        ("one asks for a whole block", 4),
+        ("one asks for half a block", 4),  # every other row: two rounds would not do
     ],
 )
 def test_rows_are_lent_and_moved_as_counted(
@@ -55,9 +55,11 @@ def test_rows_are_lent_and_moved_as_counted(
     assert max(found[name] for name in ("rows", "square", "mean")) < 2e-6
 
 
-def test_boxes_are_half_as_large_again_as_an_even_share() -> None:
-    assert room_for(64, 8, 1000) == 16  # 12, in tiles of 8
-    assert room_for(800, 8, 1000) == 152
+def test_boxes_have_room_for_an_even_share_and_more() -> None:
+    assert room_for(64, 8, 1000) == 24  # 8 and 6 sqrt(8), in tiles of 8
+    assert room_for(800, 8, 1000) == 160
+    assert room_for(80000, 8, 10000) == 10000
+    assert room_for(80000, 8, 100000) == 10600
     assert room_for(800, 8, 100) == 100  # no more than there is
 
 

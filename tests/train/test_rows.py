@@ -219,6 +219,7 @@ def test_small_steps_add_up_in_bfloat16(sequences: Sequences) -> None:
 def test_a_large_table_is_drawn_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a small one is, in distribution: every row, also where the last block does not fit, and none twice."""
     monkeypatch.setattr(embedding, "LARGE", 1000)
+    monkeypatch.setattr(embedding, "SPREAD", 1024)
     monkeypatch.setattr(embedding, "_BLOCK", 2048)
     drawn = np.asarray(Table(5000, 8, std=0.5, rngs=nnx.Rngs(0)).rows_table[...])
     assert drawn.shape == (5120, 8)
