@@ -92,6 +92,12 @@ class Boxes:
         """The places in its own block that others ask a device for; ``block`` where a box is not full."""
         return self.send(ids % self.block, slots, self.block)
 
+    def lend(self, table: jax.Array, wanted: jax.Array) -> jax.Array:
+        """The rows that others want, to them; those that they lend. As bits: XLA would widen bfloat16 on the way."""
+        rows = table.at[wanted].get(mode="clip")
+        bits = jax.lax.bitcast_convert_type(rows, {2: jnp.uint16, 4: jnp.uint32}[rows.dtype.itemsize])
+        return jax.lax.bitcast_convert_type(self.swap(bits), rows.dtype)
+
     def borrow(self, table: jax.Array, asked: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """table [block, D], asked [N] -> (ids [U], their rows [U, D], rounds, what others ask for in the first)."""
         ids = jnp.unique(asked.astype(jnp.int32), size=min(asked.size, self.rows), fill_value=self.rows)
@@ -100,7 +106,7 @@ class Boxes:
         def round_of(number: jax.Array | int, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
             slots = self.slots(ids, rounds, number)
             wanted = self.ask(ids, slots)
-            lent = self.swap(table.at[wanted].get(mode="clip"))
+            lent = self.lend(table, wanted)
             here = (slots < len(lent))[:, None]
             return jnp.where(here, lent.at[slots].get(mode="clip"), rows), wanted
 
