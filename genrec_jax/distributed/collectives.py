@@ -12,6 +12,8 @@ _LISTED = re.compile(r"replica_groups=\{\{([0-9,]*)\}")
 _COUNTED = re.compile(r"replica_groups=\[([0-9,]+)\]<=")
 _OF_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
 _AXIS = re.compile(r"'(\w+)'=([0-9]+)")
+# The scope of what a step does where ids crowd, and otherwise not at all (genrec_jax/distributed/tables.py).
+SELDOM = "seldom"
 # A TPU's asynchronous collective stands in every computation that work is done in meanwhile, under one such number.
 _CHAIN = re.compile(r'chain_id="([0-9]+)"')
 
@@ -28,11 +30,12 @@ class Collective:
 
 
 def collectives(text: str, devices: int) -> tuple[Collective, ...]:
-    """The collectives of a compiled program for ``devices``; those in a loop count once."""
+    """The collectives of a compiled program for ``devices``: those in a loop count once, those in the scope `SELDOM`
+    not at all."""
     found, chains = [], set()
     for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
         call, chain = _CALL.search(line), _CHAIN.search(line)
-        if call is None or (chain and chain[1] in chains):
+        if call is None or (chain and chain[1] in chains) or f"/{SELDOM}/" in line:
             continue
         if chain:
             chains.add(chain[1])

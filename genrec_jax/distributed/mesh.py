@@ -11,11 +11,12 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from genrec_jax.distributed.context import ALONE, Context
 from genrec_jax.distributed.tensor import UNDIVIDED, Division, Tensor, axis_of, place
 from genrec_jax.errors import UserError
+from genrec_jax.nn import embedding
 
-# The first two divide the rows of a batch. fsdp also divides every parameter and what the optimiser keeps of it: a
-# device holds its share, and gathers the whole while it computes with it (Zhao et al., "PyTorch FSDP", VLDB 2023).
-# context divides the tokens of every row (genrec_jax/distributed/context.py), model the heads and what is like them
-# (genrec_jax/distributed/tensor.py); model divides parameters as fsdp does.
+# The first two divide the rows of a batch, and the rows of large tables (genrec_jax/distributed/tables.py). fsdp also
+# divides every parameter and what the optimiser keeps of it: a device holds its share, and gathers the whole while it
+# computes with it (Zhao et al., "PyTorch FSDP", VLDB 2023). So does model, which divides heads and what is like them
+# (genrec_jax/distributed/tensor.py). context divides the tokens of every row (genrec_jax/distributed/context.py).
 AXES = ("data", "fsdp", "context", "model")
 _SMALLEST = 1024  # elements of an array that is worth dividing
 
@@ -51,7 +52,7 @@ def row_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     return tuple(axis for axis in mesh.axis_names if axis in ("data", "fsdp"))
 
 
-def rows_of(mesh: Mesh) -> PartitionSpec:
+def rows_of(mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """Of arrays whose first axis is the rows of a batch."""
     return PartitionSpec(row_axes(mesh))
 
@@ -68,14 +69,20 @@ def tensor_of(mesh: Mesh | None) -> Tensor:
     return Tensor("model", size) if size > 1 else UNDIVIDED
 
 
-def share_of(mesh: Mesh | AbstractMesh, shape: tuple[int, ...], other_than: int | None = None) -> PartitionSpec:
-    """How fsdp and model divide a parameter of a ``shape``: along its longest axis of those that they divide evenly, if
-    any, but for one that the devices of model need the other way (`genrec_jax.distributed.tensor.axis_of`)."""
-    over = tuple(axis for axis in ("model", "fsdp") if mesh.shape.get(axis, 1) > 1)
-    if len(shape) == 1 and other_than == 0:
+def share_of(mesh: Mesh | AbstractMesh, shape: tuple[int, ...], path: tuple = ()) -> PartitionSpec:
+    """How devices divide an array of a ``shape`` that stands at ``path`` in a trial's state or its parameters.
+
+    What has a row for every row of a large table: along these, by all devices that divide the rows of a batch. The
+    rest by fsdp and model, along its longest axis of those that they divide evenly, if any, but for one that the
+    devices of model need the other way (`genrec_jax.distributed.tensor.axis_of`).
+    """
+    if large_table(shape, path) and shares(mesh) > 1 and shape[0] % shares(mesh) == 0:
+        return rows_of(mesh)
+    over, taken = tuple(axis for axis in ("model", "fsdp") if mesh.shape.get(axis, 1) > 1), axis_of(path)
+    if len(shape) == 1 and taken == 0:
         over = tuple(axis for axis in over if axis != "model")
     size = math.prod(mesh.shape[axis] for axis in over)
-    able = [axis for axis in range(len(shape)) if "model" not in over or axis != other_than]
+    able = [axis for axis in range(len(shape)) if "model" not in over or axis != taken]
     even = [axis for axis in able if shape[axis] % size == 0]
     if not over or not even or math.prod(shape) < _SMALLEST:
         return PartitionSpec()
@@ -83,14 +90,20 @@ def share_of(mesh: Mesh | AbstractMesh, shape: tuple[int, ...], other_than: int 
     return PartitionSpec(*(None,) * longest, over if len(over) > 1 else over[0])
 
 
-def shares_of(mesh: Mesh | AbstractMesh, state: Any) -> Any:
-    """As :func:`share_of`, of every array of a trial's state or of its parameters."""
-    return jax.tree.map_with_path(lambda path, x: share_of(mesh, x.shape, axis_of(path)), state)
+def large_table(shape: tuple[int, ...], path: tuple) -> bool:
+    """Whether an array is a large table, or its moments, or what a row-wise rule keeps of its rows."""
+    names = [getattr(key, "key", getattr(key, "name", None)) for key in path]
+    return (names[-1:] == ["rows_table"] or names[:2] == ["opt", "rows"]) and shape[0] >= embedding.LARGE
+
+
+def specs_of(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
+    """:func:`share_of` every array of a trial's state, or of its parameters."""
+    return jax.tree_util.tree_map_with_path(lambda path, x: share_of(mesh, x.shape, path), tree)
 
 
 def placed(mesh: Mesh | AbstractMesh, state: Any) -> Any:
     """The sharding of every array of a trial's state."""
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), shares_of(mesh, state))
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs_of(mesh, state))
 
 
 def along(spec: PartitionSpec, axis: str) -> int | None:
@@ -101,19 +114,22 @@ def along(spec: PartitionSpec, axis: str) -> int | None:
 
 def gathered(mesh: Mesh, params: Any, specs: Any, divided: Mapping[tuple[Any, ...], Division]) -> Any:
     """What a device computes with, from its shares of the parameters, in `jax.shard_map`: whole parameters, but for
-    those that are ``divided`` over model. The derivative is summed over fsdp, and each device has that of its share."""
+    those that are ``divided`` over model. The derivative is summed over the axes of rows that divide a parameter, and
+    each device has that of its share."""
     tensor = tensor_of(mesh)
 
     def whole(path: tuple[Any, ...], x: jax.Array, spec: PartitionSpec) -> jax.Array:
-        axis = along(spec, "fsdp")
-        x = x if axis is None else jax.lax.all_gather(x, "fsdp", axis=axis, tiled=True)
+        over = tuple(axis for axis in row_axes(mesh) if along(spec, axis) is not None)
+        if over:
+            x = jax.lax.all_gather(x, over, axis=along(spec, over[0]) or 0, tiled=True)
         return tensor.taken(x, divided.get(place(path)), along(spec, "model"))
 
     return jax.tree.map_with_path(whole, params, specs)
 
 
 def summed(mesh: Mesh, grads: Any, specs: Any) -> Any:
-    """Sums of a device's gradients over the axes of rows that :func:`gathered` has not summed over."""
+    """Sums of a device's gradients over the axes of rows that do not divide them: those that :func:`gathered` has not
+    summed over."""
 
     def over_others(g: jax.Array, spec: PartitionSpec) -> jax.Array:
         others = tuple(axis for axis in row_axes(mesh) if along(spec, axis) is None)

@@ -4,23 +4,29 @@ GPUs, whose compiler needs one, an estimate from the accounts that the models st
 import dataclasses
 import math
 import re
+from collections.abc import Collection
 from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from genrec_jax.config import Trial
 from genrec_jax.data.schema import Schema
 from genrec_jax.distributed.collectives import Collective, collectives, ring
 from genrec_jax.distributed.mesh import context_of, make_mesh, placed, rows_of, share_of, shares, tensor_of
+from genrec_jax.distributed.tables import boxes_for, lent_on
 from genrec_jax.distributed.topology import Topology
 from genrec_jax.errors import UserError
+from genrec_jax.models.registry import Model
 from genrec_jax.nn.stack import over_devices, rematerialised
 from genrec_jax.retrieval_loss import Popularity
 from genrec_jax.train.estimate import abstract_batch, abstract_model, init_params
 from genrec_jax.train.optimizer import is_table, make_optimizer, make_row_rule
-from genrec_jax.train.step import init_state, make_step, pieces_here
+from genrec_jax.train.rows import Place, lookups
+from genrec_jax.train.rows import rows_of as rows_of_table
+from genrec_jax.train.step import bind, init_state, make_step, pieces_here
 from kernels_pallas.target import compiling_for
 
 
@@ -101,9 +107,7 @@ def plan_step(
 def plan_on(mesh: Mesh, trial: Trial, schema: Schema, topology: Topology, steps: int, remat: bool = False) -> Plan:
     """As :func:`plan_step`, for the devices of a mesh."""
     pieces = pieces_here(trial.train, mesh)
-    # A retriever's loss may need to know how popular items are; the numbers do not matter.
-    popularity = Popularity(np.ones(schema.items, np.int64)) if trial.model.goal == "retrieval" else None
-    model = abstract_model(trial, schema, popularity)
+    model = _trained(trial, schema)
     model = over_devices(rematerialised(model) if remat else model, context_of(mesh), tensor_of(mesh))
     optimizer, rule = make_optimizer(trial.train, steps), make_row_rule(trial.train, steps)
     state = jax.eval_shape(lambda: init_state(init_params(trial, schema), optimizer, trial.seed, rule))
@@ -131,13 +135,21 @@ def plan_on(mesh: Mesh, trial: Trial, schema: Schema, topology: Topology, steps:
     )
 
 
+def _trained(trial: Trial, schema: Schema) -> Model:
+    """The trial's abstract model, fit for its loss, which may need to know how popular items are; these numbers do not
+    matter."""
+    popularity = Popularity(np.ones(schema.items, np.int64)) if trial.model.goal == "retrieval" else None
+    return abstract_model(trial, schema, popularity)
+
+
 def estimated_step(
     trial: Trial, schema: Schema, topology: Topology, sizes: dict[str, int], steps: int, remat: bool = False
 ) -> Plan:
     """As :func:`plan_step`, for GPUs: nothing is compiled.
 
     The state is exact. Beside it a device holds the activations of its rows, as the blocks state them, the gradient,
-    and with fsdp the whole parameters. Traffic: activations and the state written once and read once, parameters read
+    the whole of what is divided and gathered, and of large tables with a row-wise rule the rows at hand, their gradient
+    and boxes of either. Traffic: activations and the state written once and read once, parameters read
     in either pass. Collectives: the hand count of docs/scaling_out.md. Raises UserError for what the
     accounts do not know: a context, a division of heads, rematerialisation.
     """
@@ -150,14 +162,28 @@ def estimated_step(
     optimizer, rule = make_optimizer(trial.train, steps), make_row_rule(trial.train, steps)
     state = jax.eval_shape(lambda: init_state(init_params(trial, schema), optimizer, trial.seed, rule))
     held = _held(jax.tree.map(_on, state, placed(mesh, state)))
-    rows, row = trial.train.batch_rows // mesh.size, abstract_model(trial, schema).cost(trial.data.shape)
-    divided, whole = _gathered(mesh, state.params, at_hand=None if rule is None else row.embedding_reads * rows)
-    fsdp, activations = sizes.get("fsdp", 1), row.activation_bytes * rows
-    gradients = divided + whole + (divided if fsdp > 1 else 0.0)
-    found = [("all-gather", fsdp, divided), ("reduce-scatter", fsdp, divided)] if fsdp > 1 else []
-    found += [("all-reduce", mesh.size, whole)]
-    if mesh.size > fsdp:
-        found += [("all-reduce", mesh.size // fsdp, divided / fsdp)]
+    rows, model = trial.train.batch_rows // mesh.size, _trained(trial, schema)
+    row = model.cost(trial.data.shape)
+    asked = {} if rule is None else _asked(model, trial, schema, state.params, rows)
+    lent = {path: asked.pop(path) for path in lent_on(mesh, state.params, asked)}
+    by_axes = _by_axes(mesh, state.params, {**asked, **lent})
+    for path, ids in asked.items():  # the rows of the whole batch, on every device
+        count, width = rows_of_table(state.params, path).shape
+        by_axes[()] = by_axes.get((), 0.0) + 4.0 * min(ids * mesh.size, count) * width
+    found, borrowed = [], 0.0
+    for axes, payload in by_axes.items():
+        size = math.prod(mesh.shape[axis] for axis in axes)
+        found += [("all-gather", size, payload), ("reduce-scatter", size, payload)] if axes else []
+        found += [("all-reduce", mesh.size // size, payload / size)]
+    for path, ids in lent.items():
+        table = rows_of_table(state.params, path)
+        boxes = boxes_for(mesh, ids, len(table))
+        sent = boxes.devices * boxes.room
+        for one in (4.0, float(table.dtype.itemsize * table.shape[1]), 4.0 * table.shape[1]):  # ids, rows, gradients
+            found += [("all-to-all", boxes.devices, sent * one)]
+        borrowed += 8.0 * (min(ids, len(table)) + sent) * table.shape[1]
+    whole, activations = sum(by_axes.values()), row.activation_bytes * rows
+    gradients = whole + sum(payload for axes, payload in by_axes.items() if axes) + borrowed
     return Plan(
         topology,
         sizes,
@@ -166,23 +192,26 @@ def estimated_step(
         / mesh.size,
         temporaries=activations + gradients,
         flops=3.0 * row.flops * rows,
-        traffic=2.0 * activations + 2.0 * sum(held.values()) + 2.0 * (divided + whole) + gradients,
+        traffic=2.0 * activations + 2.0 * sum(held.values()) + 2.0 * whole + gradients,
         collectives=tuple(ring(kind, size, payload) for kind, size, payload in found if size > 1),
     )
 
 
-def _gathered(mesh: AbstractMesh, params: Any, at_hand: float | None) -> tuple[float, float]:
-    """Bytes, in float32, of parameters in arrays that fsdp divides, and of the others; of tables with a row-wise rule
-    the entries ``at_hand`` count among the others."""
-    divided, whole = 0.0, 4.0 * (at_hand or 0.0) * mesh.size
+def _asked(model: Model, trial: Trial, schema: Schema, params: Any, rows: int) -> dict[Place, int]:
+    """How many rows a device that works on ``rows`` of a batch asks each table for, one asked twice counted twice."""
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), abstract_batch(trial, schema))
+    asked = jax.eval_shape(lambda p, b: lookups(bind(model, p), b, nnx.Rngs(0, batch=1)), params, batch)
+    return {path: ids.size for path, ids in asked.items()}
+
+
+def _by_axes(mesh: AbstractMesh, params: Any, tables: Collection[Place]) -> dict[tuple[str, ...], float]:
+    """Bytes, in float32, of the parameters without ``tables``, by the axes that divide them."""
+    found: dict[tuple[str, ...], float] = {}
     for path, x in jax.tree_util.tree_leaves_with_path(params):
-        if at_hand is not None and is_table(path):
-            continue
-        if "fsdp" in share_of(mesh, x.shape):
-            divided += 4.0 * math.prod(x.shape)
-        else:
-            whole += 4.0 * math.prod(x.shape)
-    return divided, whole
+        if tuple(key.key for key in path[:-1]) not in tables:
+            axes = tuple(jax.tree.leaves(tuple(share_of(mesh, x.shape, path))))
+            found[axes] = found.get(axes, 0.0) + 4.0 * math.prod(x.shape)
+    return found
 
 
 def _check_devices(sizes: dict[str, int], topology: Topology) -> None:

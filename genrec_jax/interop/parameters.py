@@ -13,6 +13,7 @@ from genrec_jax.errors import UserError
 from genrec_jax.interop.files import read_tensors, write_tensors
 from genrec_jax.models.hstu_retrieval import HSTURetrieval
 from genrec_jax.models.sasrec import SASRec
+from genrec_jax.nn.embedding import by_id, from_ids
 from genrec_jax.nn.hstu import HSTUBlock
 from genrec_jax.nn.stack import Stack
 
@@ -32,8 +33,9 @@ CONVOLUTION = Layout(lambda x: x[:, :, 0].T, lambda x: x.T[:, :, None])  # torch
 
 _BUFFERS = ("_attn_mask",)  # saved beside the parameters of the retrieval models; the causal mask
 
+_ITEMS: Place = ("items_table", "rows_table")
 _RETRIEVAL: dict[str, tuple[Place, Layout]] = {
-    "_embedding_module._item_emb.weight": (("items_table", "rows_table"), SAME),
+    "_embedding_module._item_emb.weight": (_ITEMS, SAME),
     "_input_features_preproc._pos_emb.weight": (("positions",), SAME),
 }
 # Names of one block, {} standing for its number.
@@ -69,7 +71,10 @@ def _names(model: nnx.Module) -> dict[str, tuple[Place, Layout]]:
     """The public code's names of a model's parameters, and where and how these lie here."""
     if isinstance(model, HSTURetrieval | SASRec):
         block = _HSTU if isinstance(model, HSTURetrieval) else _SASREC
-        return _RETRIEVAL | _blocks(block, ("stack", "blocks"), len(model.stack.blocks))
+        vocab = model.items_table.vocab
+        items = Layout(from_ids, lambda table: by_id(table, vocab))
+        own = {name: (path, items if path == _ITEMS else layout) for name, (path, layout) in _RETRIEVAL.items()}
+        return own | _blocks(block, ("stack", "blocks"), len(model.stack.blocks))
     ranking = isinstance(model, Stack) and all(isinstance(b, HSTUBlock) and b.variant.affine for b in model.blocks)
     if isinstance(model, Stack) and ranking:
         return _blocks(_RANKING, ("blocks",), len(model.blocks))

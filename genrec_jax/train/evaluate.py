@@ -15,11 +15,13 @@ from genrec_jax.config import Trial
 from genrec_jax.data.pipeline import EvaluationBatches, evaluation_batches
 from genrec_jax.data.sequences import Sequences
 from genrec_jax.data.splits import Part
-from genrec_jax.distributed.mesh import gathered, rows_of, shares, shares_of
+from genrec_jax.distributed.mesh import gathered, rows_of, shares
 from genrec_jax.distributed.processes import on_devices, share_of_rows
+from genrec_jax.distributed.tables import asked_on, borrow, lent_on, specs_with
 from genrec_jax.models.base import Ranker, Retriever
 from genrec_jax.models.registry import Model
 from genrec_jax.nn.stack import divisions
+from genrec_jax.train.rows import Place, asked_by, told
 from genrec_jax.train.step import bind, pieces_here
 
 _SCORES = 1 << 24  # that are held at a time
@@ -67,19 +69,24 @@ def make_scorer(model: Model, mesh: Mesh | None = None) -> Callable[[Any, Batch]
     The devices of a ``mesh`` share the rows; every process is given the whole batch and gets all of its scores.
     """
 
-    def score(params: Any, batch: Batch) -> jax.Array:
-        bound = bind(model, params)
+    def score(params: Any, batch: Batch, at_hand: dict[Place, jax.Array] | None = None) -> jax.Array:
+        bound = told(bind(model, params), at_hand or {})
         return bound(batch) if isinstance(bound, Ranker) else _ranks(bound, batch)
 
     if mesh is None:
         return jax.jit(score)
+    rows, on_mesh = rows_of(mesh), functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
 
     def score_on(params: Any, batch: Batch) -> jax.Array:
-        specs, rows = shares_of(mesh, params), rows_of(mesh)
-        on_mesh = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
-        whole = functools.partial(gathered, mesh, specs=specs, divided=divisions(model))
-        local = on_mesh(lambda p, b: score(whole(p), b), in_specs=(specs, rows), out_specs=rows)
-        return jax.lax.with_sharding_constraint(local(params, batch), NamedSharding(mesh, PartitionSpec()))
+        params, ids = _lent(mesh, model, params, batch) if isinstance(model, Ranker) else (params, {})
+        specs, gathers = specs_with(mesh, params, ids)
+        whole = functools.partial(gathered, mesh, specs=gathers, divided=divisions(model))
+
+        def local(params: Any, batch: Batch, ids: dict[Place, jax.Array]) -> jax.Array:
+            return score(whole(params), batch, ids)
+
+        scores = on_mesh(local, in_specs=(specs, rows, rows), out_specs=rows)(params, batch, ids)
+        return jax.lax.with_sharding_constraint(scores, NamedSharding(mesh, PartitionSpec()))
 
     scorer = jax.jit(score_on)
 
@@ -89,6 +96,19 @@ def make_scorer(model: Model, mesh: Mesh | None = None) -> Callable[[Any, Batch]
         return scorer(params, on_devices(mesh, jax.tree.map(lambda x: x[share], batch), rows))
 
     return scored_on
+
+
+def _lent(mesh: Mesh, model: Ranker, params: Any, batch: Batch) -> tuple[Any, dict[Place, jax.Array]]:
+    """The parameters with what each device's rows of a batch read of large tables in place of these, and which rows
+    they are. A retriever reads its table whole."""
+
+    def asked(params: Any, batch: Batch) -> dict[Place, jax.Array]:
+        bound = bind(model, params)
+        return asked_by(bound, lambda: bound(batch))
+
+    found = asked_on(mesh, asked, params, (rows_of(mesh),), batch)
+    params, lent = borrow(mesh, params, {path: found[path] for path in lent_on(mesh, params, found)})
+    return params, {path: own.ids for path, own in lent.items()}
 
 
 def _ranks(model: Model, batch: Batch) -> jax.Array:

@@ -5,6 +5,8 @@ What a step costs does not depend on how many rows a table has.
 """
 
 import dataclasses
+import zlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -61,12 +63,13 @@ class RowRule:
         return rows - rate * mean / (root[:, None] + _EPSILON), state
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Holding:
-    """What of one table a step works on.
+    """What of one table, or of a device's block of it, a step works on.
 
-    ids [U] int32, ascending: the rows at hand. write [U]: where they go back to; past the table's end for a place that
-    holds none of the rows that were asked for.
+    ids [U] int32, ascending: the rows at hand, by their places in it. write [U]: where they go back to; past the
+    table's end for a place that holds none of the rows that were asked for.
     """
 
     ids: jax.Array
@@ -93,9 +96,14 @@ def holding(ids: jax.Array, vocab: int) -> Holding:
 
 
 def lookups(model: Model, batch: Batch, rngs: nnx.Rngs) -> dict[Place, jax.Array]:
-    """The ids [N] that the loss asks each table for, by the table's place in the model."""
+    """The rows [N] that the loss asks each table for, by the table's place in the model."""
+    return asked_by(model, lambda: model.loss(batch, rngs))
+
+
+def asked_by(model: Model, call: Callable[[], Any]) -> dict[Place, jax.Array]:
+    """As :func:`lookups`, of any ``call`` of the model."""
     with recorded() as seen:
-        model.loss(batch, rngs)
+        call()
     asked = {path: seen[id(table)] for path, table in tables(model).items() if id(table) in seen}
     return {path: jnp.concatenate([ids.reshape(-1) for ids in calls]) for path, calls in asked.items()}
 
@@ -118,7 +126,7 @@ def told(model: Model, held: dict[Place, jax.Array]) -> Model:
 def row_states(rule: RowRule, params: Any) -> dict[str, RowState]:
     """The state of every table before the first step."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {_name(tuple(key.key for key in path[:-1])): rule.init(leaf) for path, leaf in leaves if is_rows(path)}
+    return {name_of(tuple(key.key for key in path[:-1])): rule.init(leaf) for path, leaf in leaves if is_rows(path)}
 
 
 def is_rows(path: tuple) -> bool:
@@ -138,15 +146,39 @@ def move_rows(
     """The tables after a step and their states; ``grads`` has the rows at hand in place of each table. ``key``: of the
     rounding to bfloat16."""
     moved, states = {}, dict(states)
-    for number, (path, own) in enumerate(held.items()):
-        table, state = rows_of(params, path), states[_name(path)]
-        at_hand = own.take(table).astype(jnp.float32)
-        rows, taken = rule.move(at_hand, rows_of(grads, path), jax.tree.map(own.take, state), step)
-        if table.dtype == jnp.bfloat16:
-            rows = round_at_random(rows, jax.random.fold_in(key, number))
-        moved[path] = own.put(table, rows)
-        states[_name(path)] = jax.tree.map(own.put, state, taken)
+    for path, own in held.items():
+        name = name_of(path)
+        moved[path], states[name] = move_held(
+            rule, rows_of(params, path), states[name], own, rows_of(grads, path), step, key_of(key, path)
+        )
     return moved, states
+
+
+def move_held(
+    rule: RowRule,
+    table: jax.Array,
+    state: RowState,
+    own: Holding,
+    grads: jax.Array,
+    step: jax.Array,
+    key: jax.Array,
+    first: jax.Array | int = 0,
+) -> tuple[jax.Array, RowState]:
+    """A table, or a block of it from row ``first`` on, and its state after a step with these gradients of its rows."""
+    rows, taken = rule.move(own.take(table).astype(jnp.float32), grads, jax.tree.map(own.take, state), step)
+    if table.dtype == jnp.bfloat16:
+        rows = round_rows(rows, own.ids + first, key)
+    return own.put(table, rows), jax.tree.map(own.put, state, taken)
+
+
+def key_of(key: jax.Array, path: Place) -> jax.Array:
+    """The key of a table's rounding."""
+    return jax.random.fold_in(key, zlib.crc32(name_of(path).encode()))
+
+
+def round_rows(rows: jax.Array, ids: jax.Array, key: jax.Array) -> jax.Array:
+    """[U, D] rounded at random; what a row draws depends on its id [U] alone, not on the rows beside it."""
+    return jax.vmap(lambda row, own: round_at_random(row, jax.random.fold_in(key, own)))(rows, ids)
 
 
 def round_at_random(x: jax.Array, key: jax.Array) -> jax.Array:
@@ -159,7 +191,8 @@ def round_at_random(x: jax.Array, key: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
 
 
-def _name(path: Place) -> str:
+def name_of(path: Place) -> str:
+    """The name of a table's state."""
     return "/".join(map(str, path))
 
 
@@ -170,12 +203,12 @@ def rows_of(params: Any, path: Place) -> jax.Array:
     return params
 
 
-def with_rows(params: Any, new: dict[Place, jax.Array]) -> Any:
+def with_rows(params: Any, new: Mapping[Place, Any]) -> Any:
     """A copy of the tree with these rows in their tables."""
     for path, rows in new.items():
         params = _with(params, (*path, "rows_table"), rows)
     return params
 
 
-def _with(tree: Any, path: Place, value: jax.Array) -> Any:
+def _with(tree: Any, path: Place, value: Any) -> Any:
     return value if not path else {**tree, path[0]: _with(tree[path[0]], path[1:], value)}

@@ -14,12 +14,14 @@ from jax.sharding import Mesh, PartitionSpec
 
 from genrec_jax.batch import Batch
 from genrec_jax.config import TrainConfig
-from genrec_jax.distributed.mesh import gathered, placed, row_axes, rows_of, shares, shares_of, summed
+from genrec_jax.distributed.mesh import gathered, placed, row_axes, rows_of, shares, summed
+from genrec_jax.distributed.tables import Lent, Returned, asked_on, borrow, give_back, lent_on, move_lent, specs_with
 from genrec_jax.errors import UserError
 from genrec_jax.models.registry import Model
 from genrec_jax.nn.stack import divisions
 from genrec_jax.train.optimizer import Scalars, make_optimizer, make_row_rule
 from genrec_jax.train.rows import Holding, Place, RowRule, hold_rows, lookups, move_rows, row_states, told, with_rows
+from genrec_jax.train.rows import rows_of as rows_at
 from kernels_pallas.target import target
 
 
@@ -134,9 +136,6 @@ def training_step(
     :func:`genrec_jax.distributed.mesh.placed` says; the numbers are those of one device with as many pieces, but for
     the order of the sums.
     """
-    asked, gradient = functools.partial(_asked, model), functools.partial(_summed, model)
-    if mesh is not None:
-        asked, gradient = functools.partial(_asked_on, mesh, model), functools.partial(_summed_on, mesh, model)
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
@@ -144,17 +143,32 @@ def training_step(
         keys = jax.random.split(key, pieces) if pieces > 1 else key[None]
         params = state.params
         held: dict[Place, Holding] = {}
+        lent: dict[Place, Lent] = {}
+        back: dict[Place, Returned] = {}
         if tables is not None:
-            params, held = hold_rows(params, asked(params, key, parts, keys))
-        (total, targets), grads = gradient(params, {path: own.ids for path, own in held.items()}, key, parts, keys)
+            ids = _asked(model, params, key, parts, keys, mesh)
+            far = lent_on(mesh, params, ids)
+            params, held = hold_rows(params, {path: own for path, own in ids.items() if path not in far})
+            if mesh is not None:
+                params, lent = borrow(mesh, params, {path: ids[path] for path in far})
+        near = {path: own.ids for path, own in held.items()}
+        if mesh is None:
+            (total, targets), grads = _summed(model, params, near, key, parts, keys)
+        else:
+            at_hand = {path: own.ids for path, own in lent.items()}
+            (total, targets), grads = _summed_on(mesh, model, params, near, at_hand, key, parts, keys)
+            grads, back = give_back(mesh, grads, lent)
         share = 1.0 / jnp.maximum(targets, 1)
         grads = jax.tree.map(lambda g: g * share, grads)
         updates, opt = optimizer.update(grads, state.opt if tables is None else state.opt["dense"], params)
-        moved = optax.apply_updates(params, updates)
+        moved = optax.apply_updates(with_rows(params, {path: rows_at(updates, path) for path in lent}), updates)
         if tables is not None:
             own = jax.random.fold_in(key, 2)
             new, rows = move_rows(tables, state.params, state.opt["rows"], held, updates, state.step, own)
             moved, opt = with_rows(moved, new), {"dense": opt, "rows": rows}
+            if mesh is not None:
+                new, rows = move_lent(mesh, tables, state.params, rows, lent, back, updates, state.step, own)
+                moved, opt = with_rows(moved, new), {**opt, "rows": rows}
         metrics = {"loss": total * share, "targets": targets, "grad_norm": optax.tree.norm(grads)}
         after = State(moved, opt, state.step + 1, state.key)
         return after if mesh is None else jax.lax.with_sharding_constraint(after, placed(mesh, after)), metrics
@@ -171,19 +185,18 @@ def _rngs(key: jax.Array, own: jax.Array) -> nnx.Rngs:
     return nnx.Rngs(own, batch=jax.random.fold_in(key, 1))
 
 
-def _asked(model: Model, params: Any, key: jax.Array, parts: Batch, keys: jax.Array) -> dict[Place, jax.Array]:
-    """The ids [pieces, N] that the pieces ask each table for."""
-    # Bound where it is used: what a model holds may only change at the trace level that made it.
-    return jax.lax.map(lambda part: lookups(bind(model, params), part[0], _rngs(key, part[1])), (parts, keys))
+def _asked(
+    model: Model, params: Any, key: jax.Array, parts: Batch, keys: jax.Array, mesh: Mesh | None
+) -> dict[Place, jax.Array]:
+    """The rows [pieces, N] that the pieces ask each table for."""
 
+    def ask(params: Any, key: jax.Array, parts: Batch, keys: jax.Array) -> dict[Place, jax.Array]:
+        # Bound where it is used: what a model holds may only change at the trace level that made it.
+        return jax.lax.map(lambda part: lookups(bind(model, params), part[0], _rngs(key, part[1])), (parts, keys))
 
-def _asked_on(mesh: Mesh, model: Model, params: Any, *arguments: Any) -> dict[Place, jax.Array]:
-    """As :func:`_asked`, by the devices of a mesh."""
-    rows, whole = rows_of(mesh), PartitionSpec()
-    on_mesh = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
-    return on_mesh(functools.partial(_asked, model), in_specs=(whole, whole, rows, rows), out_specs=rows)(
-        params, *arguments
-    )
+    if mesh is None:
+        return ask(params, key, parts, keys)
+    return asked_on(mesh, ask, params, (PartitionSpec(), rows_of(mesh), rows_of(mesh)), key, parts, keys)
 
 
 _Sums = tuple[tuple[jax.Array, jax.Array], Any]
@@ -218,17 +231,26 @@ def _summed(
     return jax.lax.scan(add, zero, (parts, keys))[0]
 
 
-def _summed_on(mesh: Mesh, model: Model, params: Any, *arguments: Any) -> _Sums:
-    """As :func:`_summed`, by the devices of a mesh."""
-    specs, divided = shares_of(mesh, params), divisions(model)
+def _summed_on(
+    mesh: Mesh,
+    model: Model,
+    params: Any,
+    held: dict[Place, jax.Array],
+    lent: dict[Place, jax.Array],
+    *arguments: Any,
+) -> _Sums:
+    """As :func:`_summed`, by the devices of a mesh; ``lent``: the ids of rows that stand in place of tables, others on
+    every device, and so are their gradients."""
+    rows, all_of_it = rows_of(mesh), PartitionSpec()
+    specs, gathers = specs_with(mesh, params, lent)
+    whole = functools.partial(gathered, mesh, specs=gathers, divided=divisions(model))
 
-    def local(params: Any, held: dict[Place, jax.Array], key: jax.Array, parts: Batch, keys: jax.Array) -> _Sums:
-        whole = functools.partial(gathered, mesh, specs=specs, divided=divided)
-        sums, grads = _summed(model, params, held, key, parts, keys, whole)
+    def local(
+        params: Any, held: dict[Place, jax.Array], lent: dict[Place, jax.Array], key: Any, parts: Batch, keys: Any
+    ) -> _Sums:
+        sums, grads = _summed(model, params, {**held, **lent}, key, parts, keys, whole)
         return jax.lax.psum(sums, row_axes(mesh)), summed(mesh, grads, specs)
 
-    rows, all_of_it = rows_of(mesh), PartitionSpec()
     on_mesh = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
-    return on_mesh(local, in_specs=(specs, all_of_it, all_of_it, rows, rows), out_specs=(all_of_it, specs))(
-        params, *arguments
-    )
+    takes = (specs, all_of_it, rows, all_of_it, rows, rows)
+    return on_mesh(local, in_specs=takes, out_specs=(all_of_it, specs))(params, held, lent, *arguments)

@@ -14,11 +14,13 @@ from genrec_jax.config import default_trial, override
 from genrec_jax.data.pipeline import TrainStream
 from genrec_jax.data.schema import Schema
 from genrec_jax.data.sequences import Sequences
+from genrec_jax.distributed import tables
 from genrec_jax.distributed.collectives import KINDS
 from genrec_jax.distributed.mesh import along, make_mesh, parse_mesh, placed, share_of
 from genrec_jax.distributed.plan import estimated_step, plan_on
 from genrec_jax.distributed.tensor import axis_of
 from genrec_jax.distributed.topology import parse_topology
+from genrec_jax.nn import embedding
 from genrec_jax.retrieval_loss import Popularity
 from genrec_jax.train.estimate import abstract_batch, abstract_model, init_params
 from genrec_jax.train.optimizer import make_optimizer, make_row_rule
@@ -76,6 +78,19 @@ CASES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
 ]
 
 
+# As above, with tables that count as large; in a box there is room for so many rows, or as many as usual.
+LENT: list[tuple[str, dict[str, Any], tuple[str, ...], int]] = [
+    ("dlrm", {"train.embedding_optimizer": "rowwise_adamw"}, ("data=8", "data=2,fsdp=4"), 0),
+    ("hstu", {"model.heads": 2, "train.embedding_optimizer": "rowwise_adagrad"}, ("data=4,context=2",), 2),
+    (
+        "hstu_retrieval",
+        {**CASES[3][1], "train.embedding_optimizer": "rowwise_adagrad"},
+        ("fsdp=8",),
+        0,
+    ),
+]
+
+
 def sent(mesh: Mesh) -> dict[str, float]:
     """Bytes of the collectives of a compiled step of DLRM, by kind, beside those of its parameters."""
     trial = override(default_trial("dlrm"), {"train.batch_rows": 16, "model.width": 64, "data.history": 8})
@@ -104,7 +119,7 @@ def exchanged(mesh: Mesh) -> dict[str, float]:
     params = init_params(trial, schema)
     bytes_of: dict[tuple[bool, bool], float] = dict.fromkeys(itertools.product((False, True), repeat=2), 0.0)
     for path, x in jax.tree_util.tree_leaves_with_path(params):
-        spec = share_of(mesh, x.shape, axis_of(path))
+        spec = share_of(mesh, x.shape, path)
         bytes_of[along(spec, "model") is not None, axis_of(path) is not None] += x.nbytes
     return found | {
         "tokens": segment.shape[1],
@@ -116,6 +131,36 @@ def exchanged(mesh: Mesh) -> dict[str, float]:
     }
 
 
+def lent(mesh: Mesh) -> dict[str, float]:
+    """Bytes of the collectives of a compiled step of DLRM, by kind, whose table is large, has a row-wise rule and is in
+    bfloat16; beside them those of its other parameters and the table's width."""
+    row_wise = {"train.embedding_optimizer": "rowwise_adagrad", "train.embedding_precision": "bfloat16"}
+    settings = {"train.batch_rows": 16, "model.width": 64, "data.history": 24, "data.candidates": 8, **row_wise}
+    trial, schema = override(default_trial("dlrm"), settings), Schema(items=1024, tasks=("click",))
+    plan = plan_on(mesh, trial, schema, parse_topology("v5e:2x4"), 10)
+    guess = estimated_step(trial, schema, parse_topology("h100:8"), dict(mesh.shape), 10)
+    found = {kind: sum(one.payload for one in plan.collectives if one.kind == kind) for kind in KINDS}
+    for kind in KINDS:
+        found[f"estimated {kind}"] = sum(one.payload for one in guess.collectives if one.kind == kind)
+    params = init_params(trial, schema)
+    (table,) = (x for x in jax.tree.leaves(params) if x.dtype == "bfloat16")
+    others = sum(x.nbytes for x in jax.tree.leaves(params)) - table.nbytes
+    return found | {"table": plan.state["tables"], "of": table.nbytes, "width": table.shape[1], "others": others}
+
+
+def compared(sequences: Sequences, name: str, settings: dict[str, Any], meshes: tuple[str, ...]) -> dict[str, Any]:
+    """How far each mesh comes apart from one device."""
+    settings = {"train.learning_rate": 0.003, "train.embedding_learning_rate": 0.003, "model.width": 16, **settings}
+    one, found = trained(sequences, name, settings, None), {}
+    spread = max(one[0]) - min(one[0])
+    for mesh in meshes:
+        many = trained(sequences, name, settings, make_mesh(parse_mesh(mesh)))
+        loss = max(abs(a - b) / abs(a) for a, b in zip(one[0], many[0], strict=True))
+        params = max(float(np.abs(a - b).max()) for a, b in zip(one[1], many[1], strict=True))
+        found[f"{name} {mesh}"] = {"loss": loss, "params": params, "spread": spread, "held": many[2]}
+    return found
+
+
 def main(folder: Path) -> dict[str, dict[str, float]]:
     sequences, found = random_dataset(folder / "log", users=60), {}
     for mesh in MESHES:
@@ -123,14 +168,14 @@ def main(folder: Path) -> dict[str, dict[str, float]]:
     for mesh in ("data=2,context=4", "data=2,model=4"):
         found[f"exchanged {mesh}"] = exchanged(make_mesh(parse_mesh(mesh)))
     for name, settings, meshes in CASES:
-        settings = {"train.learning_rate": 0.003, "train.embedding_learning_rate": 0.003, "model.width": 16, **settings}
-        one = trained(sequences, name, settings, None)
-        spread = max(one[0]) - min(one[0])
-        for mesh in meshes:
-            many = trained(sequences, name, settings, make_mesh(parse_mesh(mesh)))
-            loss = max(abs(a - b) / abs(a) for a, b in zip(one[0], many[0], strict=True))
-            params = max(float(np.abs(a - b).max()) for a, b in zip(one[1], many[1], strict=True))
-            found[f"{name} {mesh}"] = {"loss": loss, "params": params, "spread": spread, "held": many[2]}
+        found |= compared(sequences, name, settings, meshes)
+    embedding.LARGE, embedding.SPREAD = 16, 8
+    for mesh in ("data=8", "data=2,fsdp=4"):
+        found[f"lent {mesh}"] = lent(make_mesh(parse_mesh(mesh)))
+    room_for = tables.room_for
+    for name, settings, meshes, room in LENT:
+        tables.room_for = (lambda *_, room=room: room) if room else room_for
+        found |= {f"large {mesh}": case for mesh, case in compared(sequences, name, settings, meshes).items()}
     return found
 
 

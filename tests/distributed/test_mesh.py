@@ -15,9 +15,10 @@ from experiments.cli import main
 from genrec_jax.data.sequences import Sequences
 from genrec_jax.distributed.mesh import make_mesh, parse_mesh
 from genrec_jax.errors import UserError
+from genrec_jax.nn import embedding
 from genrec_jax.train import loop
 from tests.data.helpers import random_dataset
-from tests.distributed.on_devices import CASES
+from tests.distributed.on_devices import CASES, LENT
 from tests.train.helpers import Stopped, lines, trial_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,11 +42,15 @@ def on_devices(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, 
 def test_eight_devices_follow_one(on_devices: dict[str, dict[str, float]]) -> None:
     """Fifty steps of each model with the same draws: losses and parameters of a single device."""
     found = {name: case for name, case in on_devices.items() if "loss" in case}
-    assert set(found) == {f"{name} {mesh}" for name, _, meshes in CASES for mesh in meshes}
+    usual = {f"{name} {mesh}" for name, _, meshes in CASES for mesh in meshes}
+    assert set(found) == usual | {f"large {name} {mesh}" for name, _, meshes, _ in LENT for mesh in meshes}
     for name, case in found.items():
         assert case["loss"] < 1e-5, name
         assert case["params"] < 1e-4, name
         assert case["spread"] > 0.01, name  # losses that change, and by far more than they come apart
+        if name.startswith("large"):
+            assert case["held"] < 0.5, name
+            continue
         shares = math.prod(int(name.partition(f"{axis}=")[2][:1] or 1) for axis in ("fsdp", "model"))
         assert 1 / shares <= case["held"] < 1 / shares + 0.2, name  # some arrays are small, or cannot be divided evenly
 
@@ -66,6 +71,21 @@ def test_collectives_are_those_of_the_hand_count(on_devices: dict[str, dict[str,
     assert found["estimated state"] == 0
     assert found["estimated all-gather"] == found["estimated reduce-scatter"] == divided
     assert found["estimated all-reduce"] == whole + shares
+
+
+@pytest.mark.parametrize("mesh", ["data=8", "data=2,fsdp=4"])
+def test_large_tables_are_exchanged_as_the_hand_count_says(on_devices: dict[str, dict[str, float]], mesh: str) -> None:
+    """Eight devices of 2 rows, with 32 items each: 64 reads, so an even share of 8, and boxes of 24 rows. Ids go out,
+    bfloat16 rows come back, float32 gradients go out. Nothing else has to do with the table."""
+    found = on_devices[f"lent {mesh}"]
+    assert found["table"] == found["of"] / 8
+    assert found["all-to-all"] == 8 * 24 * (4 + 2 * found["width"] + 4 * found["width"])
+    assert found["all-gather"] + found["all-reduce"] < 1.5 * found["others"] + 512
+    assert (found["all-gather"] > 0) == ("fsdp" in mesh)
+    assert found["collective-permute"] == 0
+    assert found["estimated all-to-all"] == found["all-to-all"]
+    assert found["estimated all-gather"] == found["estimated reduce-scatter"] == found["all-gather"]
+    assert 0 <= found["all-reduce"] - found["estimated all-reduce"] <= 192
 
 
 def test_a_context_exchanges_what_the_hand_count_says(on_devices: dict[str, dict[str, float]]) -> None:
@@ -110,18 +130,29 @@ def test_heads_that_a_context_does_not_divide_are_refused(sequences: Sequences, 
 
 
 @pytest.mark.parametrize(
-    ("model", "settings", "devices"),
+    ("model", "settings", "devices", "large"),
     [
-        ("hstu", {"model.heads": 2}, "fsdp=2"),
-        ("hstu", {"model.heads": 2}, "context=2"),
-        ("dirl", {"model.heads": 2, "model.experts": 3}, "model=2"),
-        ("sasrec", {"model.negatives": 3}, "fsdp=2"),
+        ("hstu", {"model.heads": 2}, "fsdp=2", 2**14),
+        ("hstu", {"model.heads": 2}, "context=2", 2**14),
+        ("dirl", {"model.heads": 2, "model.experts": 3}, "model=2", 2**14),
+        ("sasrec", {"model.negatives": 3}, "fsdp=2", 2**14),
+        ("sasrec", {"model.negatives": 0}, "data=2", 16),
+        ("dlrm", {"train.embedding_optimizer": "rowwise_adagrad"}, "data=2", 16),
     ],
 )
 def test_a_run_goes_on_with_other_devices(
-    sequences: Sequences, tmp_path: Path, model: str, settings: dict, devices: str
+    sequences: Sequences,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    model: str,
+    settings: dict,
+    devices: str,
+    large: int,
 ) -> None:
-    """On two devices up to a kill and on one after it, evaluations included, as on one from the beginning."""
+    """On two devices up to a kill and on one after it, evaluations included, as on one from the beginning. Tables of
+    ``large`` ids or more are divided by rows."""
+    monkeypatch.setattr(embedding, "LARGE", large)
+    monkeypatch.setattr(embedding, "SPREAD", 8)
     retrieval = {"data.candidates": 1, "model.heads": 2} if model == "sasrec" else {}
     trial = trial_of(sequences, model, **{"train.pieces": 4, "train.validations": 4, **settings, **retrieval})
     whole = loop.train(trial, tmp_path / "one")

@@ -220,13 +220,16 @@ def test_small_steps_add_up_in_bfloat16(sequences: Sequences) -> None:
 
 def test_a_large_table_is_drawn_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a small one is, in distribution: every row, also where the last block does not fit, and none twice."""
-    monkeypatch.setattr(embedding, "_BLOCK", 300)
-    drawn = np.asarray(Table(1000, 8, std=0.5, rngs=nnx.Rngs(0)).rows_table[...])
-    assert drawn.shape == (1000, 8)
-    assert len(np.unique(drawn)) > 0.999 * drawn.size
+    monkeypatch.setattr(embedding, "LARGE", 1000)
+    monkeypatch.setattr(embedding, "SPREAD", 1024)
+    monkeypatch.setattr(embedding, "_BLOCK", 2048)
+    drawn = np.asarray(Table(5000, 8, std=0.5, rngs=nnx.Rngs(0)).rows_table[...])
+    assert drawn.shape == (5120, 8)
+    assert len(np.unique(drawn)) > 0.995 * drawn.size
     assert np.abs(drawn).max() <= 1.0
     assert drawn.std() == pytest.approx(0.5 * 0.8796, rel=0.02)  # of a normal cut at two deviations
-    assert abs(np.corrcoef(drawn[:300].ravel(), drawn[300:600].ravel())[0, 1]) < 0.1
+    blocks = drawn.reshape(1024, 5, 8)
+    assert abs(np.corrcoef(blocks[:, 0].ravel(), blocks[:, 2].ravel())[0, 1]) < 0.1
 
 
 def test_the_account_counts_what_each_rule_keeps(sequences: Sequences) -> None:
