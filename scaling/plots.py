@@ -122,9 +122,11 @@ def law_figure(
         _draw_family(axes, panel, family, styles[family.name], high, rows, compact)
     shown = [reference for reference in references if reference.applies(panel)]
     along = [reference for reference in shown if panel.axis == "history" and reference.history is not None]
-    for reference in shown:
-        if reference not in along:
-            _draw_reference(axes, reference, rows)
+    across = [reference for reference in shown if reference not in along]
+    values = [*np.concatenate([f.points.mean for f in panel.families]), *(r.value for r in across)]
+    for reference in across:
+        above = [other.value - reference.value for other in across if other.value > reference.value]
+        _draw_reference(axes, reference, rows, below=min(above, default=np.inf) < 0.06 * np.ptp(values))
     _draw_along_history(axes, along, rows)
     log_x(axes, low / 1.35, high * 1.35)
     if panel.axis:
@@ -305,7 +307,8 @@ def _draw_curve(
         rows += [_row(family.name, kind, *values) for values in zip(x, y, low, top)]
 
 
-def _draw_reference(axes: Axes, reference: Reference, rows: list[dict[str, object]]) -> None:
+def _draw_reference(axes: Axes, reference: Reference, rows: list[dict[str, object]], *, below: bool) -> None:
+    """``below``: the label stands under the line, for another line is close above."""
     if reference.high > reference.low:
         axes.axhspan(reference.low, reference.high, color=GRID, alpha=0.8, lw=0, zorder=0.5)
     axes.axhline(reference.value, color=INK, lw=1.2, linestyle=(0, (1, 1.2)), zorder=1)
@@ -313,8 +316,9 @@ def _draw_reference(axes: Axes, reference: Reference, rows: list[dict[str, objec
         f"{reference.name} {number(reference.value, 4)}",
         (0.01, reference.value),
         xycoords=("axes fraction", "data"),
-        xytext=(0, 3),
+        xytext=(0, -4 if below else 3),
         textcoords="offset points",
+        va="top" if below else "baseline",
         fontsize=9,
     )
     rows.append(_row(reference.name, "reference", None, reference.value, reference.low, reference.high))
