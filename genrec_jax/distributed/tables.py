@@ -26,7 +26,9 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from genrec_jax.distributed.collectives import SELDOM
-from genrec_jax.distributed.mesh import large_table, row_axes, rows_of, share_of, shares, specs_of
+from genrec_jax.distributed.mesh import gathered, large_table, row_axes, rows_of, share_of, shares, specs_of
+from genrec_jax.models.registry import Model
+from genrec_jax.nn.stack import divisions
 from genrec_jax.train.rows import Holding, Place, RowRule, RowState, holding, key_of, move_held, name_of, with_rows
 from genrec_jax.train.rows import rows_of as table_of
 
@@ -193,12 +195,16 @@ def specs_with(mesh: Mesh, params: Any, lent: Iterable[Place]) -> tuple[Any, Any
     return specs, with_rows(specs, dict.fromkeys(lent, PartitionSpec()))
 
 
-def asked_on(mesh: Mesh, ask: Callable[..., Any], params: Any, takes: tuple[PartitionSpec, ...], *given: Any) -> Any:
+def asked_on(
+    mesh: Mesh, model: Model, ask: Callable[..., Any], params: Any, takes: tuple[PartitionSpec, ...], *given: Any
+) -> Any:
     """What ``ask(params, *given)`` says that the devices, each with its share of what is ``given``, ask tables for; see
     `genrec_jax.train.rows.asked_by`. Numbers of the parameters make no difference to it: none are read."""
 
     def local(*given: Any) -> Any:
-        return ask(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params), *given)
+        shapes, whole = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params), PartitionSpec()
+        own = gathered(mesh, shapes, jax.tree.map(lambda _: whole, params), divisions(model))
+        return ask(own, *given)
 
     return _on(mesh, local, takes, rows_of(mesh))(*given)
 

@@ -106,7 +106,7 @@ def _lent(mesh: Mesh, model: Ranker, params: Any, batch: Batch) -> tuple[Any, di
         bound = bind(model, params)
         return asked_by(bound, lambda: bound(batch))
 
-    found = asked_on(mesh, asked, params, (rows_of(mesh),), batch)
+    found = asked_on(mesh, model, asked, params, (rows_of(mesh),), batch)
     params, lent = borrow(mesh, params, {path: found[path] for path in lent_on(mesh, params, found)})
     return params, {path: own.ids for path, own in lent.items()}
 

@@ -196,7 +196,7 @@ def _asked(
 
     if mesh is None:
         return ask(params, key, parts, keys)
-    return asked_on(mesh, ask, params, (PartitionSpec(), rows_of(mesh), rows_of(mesh)), key, parts, keys)
+    return asked_on(mesh, model, ask, params, (PartitionSpec(), rows_of(mesh), rows_of(mesh)), key, parts, keys)
 
 
 _Sums = tuple[tuple[jax.Array, jax.Array], Any]

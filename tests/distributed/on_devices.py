@@ -81,7 +81,7 @@ CASES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
 # As above, with tables that count as large; in a box there is room for so many rows, or as many as usual.
 LENT: list[tuple[str, dict[str, Any], tuple[str, ...], int]] = [
     ("dlrm", {"train.embedding_optimizer": "rowwise_adamw"}, ("data=8", "data=2,fsdp=4"), 0),
-    ("hstu", {"model.heads": 2, "train.embedding_optimizer": "rowwise_adagrad"}, ("data=4,context=2",), 2),
+    ("hstu", {"model.heads": 2, "train.embedding_optimizer": "rowwise_adagrad"}, ("data=2,context=2,model=2",), 2),
     (
         "hstu_retrieval",
         {**CASES[3][1], "train.embedding_optimizer": "rowwise_adagrad"},

@@ -49,7 +49,8 @@ def test_eight_devices_follow_one(on_devices: dict[str, dict[str, float]]) -> No
         assert case["params"] < 1e-4, name
         assert case["spread"] > 0.01, name  # losses that change, and by far more than they come apart
         if name.startswith("large"):
-            assert case["held"] < 0.5, name
+            blocks = math.prod(int(name.partition(f"{axis}=")[2][:1] or 1) for axis in ("data", "fsdp"))
+            assert case["held"] < max(0.5, 1 / blocks + 0.2), name
             continue
         shares = math.prod(int(name.partition(f"{axis}=")[2][:1] or 1) for axis in ("fsdp", "model"))
         assert 1 / shares <= case["held"] < 1 / shares + 0.2, name  # some arrays are small, or cannot be divided evenly
