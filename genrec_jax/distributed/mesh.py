@@ -92,8 +92,8 @@ def share_of(mesh: Mesh | AbstractMesh, shape: tuple[int, ...], path: tuple = ()
 
 def large_table(shape: tuple[int, ...], path: tuple) -> bool:
     """Whether an array is a large table, or its moments, or what a row-wise rule keeps of its rows."""
-    names = [getattr(key, "key", getattr(key, "name", None)) for key in path]
-    return (names[-1:] == ["rows_table"] or names[:2] == ["opt", "rows"]) and shape[0] >= embedding.LARGE
+    names = place(path)
+    return (names[-1:] == ("rows_table",) or names[:2] == ("opt", "rows")) and shape[0] >= embedding.LARGE
 
 
 def specs_of(mesh: Mesh | AbstractMesh, tree: Any) -> Any:

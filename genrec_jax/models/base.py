@@ -51,14 +51,13 @@ class ModelConfig:
 class Build:
     """What the data decides: the schema, the static row shape and the compute type (float32 or bfloat16).
 
-    popularity: of the items as training targets; None where nothing is trained. hashing: of the item table.
+    popularity: of the items as training targets; None where nothing is trained.
     """
 
     schema: Schema
     shape: Shape
     dtype: jnp.dtype
     popularity: Popularity | None = None
-    hashing: Hashing | None = None
 
 
 class Ranker(nnx.Module):

@@ -45,7 +45,7 @@ class DCN(PointwiseRanker):
     """
 
     def __init__(self, config: DCNConfig, build: Build, *, rngs: nnx.Rngs):
-        super().__init__(build, config.embedding, rngs=rngs)
+        super().__init__(build, config.embedding, hashing=config.hashing, rngs=rngs)
         self.cross = Cross(self.flat, config.cross, rank=config.rank, dtype=build.dtype, rngs=rngs)
         widths = [config.width] * config.depth + [len(build.schema.tasks)]
         self.deep = MLP(self.flat, widths, dropout=config.dropout, dtype=build.dtype, rngs=rngs)

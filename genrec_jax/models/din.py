@@ -73,7 +73,7 @@ class DIN(PointwiseRanker):
     """
 
     def __init__(self, config: DINConfig, build: Build, *, rngs: nnx.Rngs):
-        super().__init__(build, config.embedding, rngs=rngs)
+        super().__init__(build, config.embedding, hashing=config.hashing, rngs=rngs)
         tasks, dtype, d = len(build.schema.tasks), build.dtype, self.fields.item_width
         self.divisor = build.shape.history
         self.actions = Linear(tasks, d, use_bias=False, dtype=dtype, rngs=rngs)

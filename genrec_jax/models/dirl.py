@@ -49,7 +49,7 @@ class CandidateRanker(SequenceRanker):
         schema, dtype, width = build.schema, build.dtype, config.width
         self.schema = schema
         self.context = ContextEncoder(schema, width, dtype=dtype, rngs=rngs)
-        self.items = ItemEncoder(schema, width, hashing=build.hashing, dtype=dtype, rngs=rngs)
+        self.items = ItemEncoder(schema, width, hashing=config.hashing, dtype=dtype, rngs=rngs)
         self.actions = ActionEncoder(len(schema.tasks), width, dtype=dtype, rngs=rngs)
         self.cross = MLP(width + request_feature_count(schema), [width, width], dtype=dtype, rngs=rngs)
         self.stack = ranking_stack(config, mixer, self.layout.longest(build.shape.history), dtype, rngs)

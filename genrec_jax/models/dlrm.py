@@ -43,7 +43,7 @@ class DLRM(PointwiseRanker):
     """
 
     def __init__(self, config: DLRMConfig, build: Build, *, rngs: nnx.Rngs):
-        super().__init__(build, config.embedding, rngs=rngs)
+        super().__init__(build, config.embedding, hashing=config.hashing, rngs=rngs)
         d, dtype = config.embedding, build.dtype
         self.d = d
         self.bottom = MLP(self.dense, [*config.bottom, d], activate_last=True, dtype=dtype, rngs=rngs)

@@ -35,7 +35,7 @@ class InterleavedRanker(SequenceRanker):
     def __init__(self, config: SequenceConfig, build: Build, *, mixer: Mixer, rngs: nnx.Rngs):
         schema, dtype, width = build.schema, build.dtype, config.width
         self.context = ContextEncoder(schema, width, dtype=dtype, rngs=rngs)
-        self.items = ItemEncoder(schema, width, hashing=build.hashing, dtype=dtype, rngs=rngs)
+        self.items = ItemEncoder(schema, width, hashing=config.hashing, dtype=dtype, rngs=rngs)
         self.actions = ActionEncoder(len(schema.tasks), width, dtype=dtype, rngs=rngs)
         self.stack = ranking_stack(config, mixer, self.layout.longest(build.shape.history), dtype, rngs)
         self.norm = LayerNorm(width, dtype=jnp.float32, rngs=rngs)

@@ -8,6 +8,7 @@ from genrec_jax.batch import Batch, Shape
 from genrec_jax.models.base import Build, Ranker
 from genrec_jax.nn.cost import Cost
 from genrec_jax.nn.features import Fields, request_feature_count, request_features, request_features_cost
+from genrec_jax.nn.hashing import Hashing
 from genrec_jax.objectives import bce
 
 
@@ -18,10 +19,10 @@ class PointwiseRanker(Ranker):
     the request's numeric features. There is no user-id field: the history is the user.
     """
 
-    def __init__(self, build: Build, embedding: int, *, rngs: nnx.Rngs):
-        """``embedding``: d, the width of every field."""
+    def __init__(self, build: Build, embedding: int, *, hashing: Hashing | None, rngs: nnx.Rngs):
+        """``embedding``: d, the width of every field. ``hashing``: of the item table."""
         self.schema, self.dtype = build.schema, build.dtype
-        self.fields = Fields(build.schema, embedding, hashing=build.hashing, dtype=build.dtype, rngs=rngs)
+        self.fields = Fields(build.schema, embedding, hashing=hashing, dtype=build.dtype, rngs=rngs)
         self.dense = request_feature_count(build.schema)
         self.flat = self.fields.count * embedding + self.dense
 

@@ -79,7 +79,7 @@ class NextItemRetriever(Retriever):
         self.dropout, self.dtype = config.dropout, build.dtype
         self.shared_negatives, self.logq = config.shared_negatives, config.logq
         self.popular, self.popularity = config.sampling == "popularity", build.popularity
-        self.items_table = item_table(build.schema.items, config.width, hashing=build.hashing, std=0.02, rngs=rngs)
+        self.items_table = item_table(build.schema.items, config.width, hashing=config.hashing, std=0.02, rngs=rngs)
         self.positions = nnx.Param(positions(rngs.params(), (build.shape.history + RESERVED, config.width)))
         self.stack = Stack([block() for _ in range(config.depth)], longest=reach)
 

@@ -128,7 +128,7 @@ def make_init(trial: Trial, schema: Schema) -> Callable[[int], Any]:
 
 
 def _build(trial: Trial, schema: Schema, rngs: nnx.Rngs, popularity: Popularity | None = None) -> Model:
-    build = Build(schema, trial.data.shape, jnp.dtype(trial.train.precision), popularity, trial.model.hashing)
+    build = Build(schema, trial.data.shape, jnp.dtype(trial.train.precision), popularity)
     return registry.build(trial.model, build, rngs=rngs)
 
 
