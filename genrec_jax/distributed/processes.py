@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -17,6 +18,8 @@ from jax.sharding import Mesh, NamedSharding
 from genrec_jax.distributed.mesh import make_mesh, rows_of
 from genrec_jax.errors import UserError
 
+# How errors of the runtime begin: some of a lost connection are a ValueError in Python.
+_STATUS = re.compile(r"[A-Z_]+: ")
 _HEARTBEAT = 30  # seconds after which a process that is not heard of is dead, and the others end
 
 
@@ -65,8 +68,8 @@ def together() -> Iterator[None]:
     """Ends this process, with one sentence, where work with the others fails: one that is gone cannot be waited for."""
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        if jax.process_count() == 1 or not _STATUS.match(str(error)):
             raise
         reason = str(error).strip().partition("\n")[0]
         print(f"error: another process of this job is gone: {reason}", file=sys.stderr, flush=True)
