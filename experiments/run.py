@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import experiments
-from experiments.executors import ExecutorConfig, make_executor
+from experiments.executors import ExecutorConfig, Training, make_executor
 from experiments.folder import read_record
 from experiments.study import Budget, Study
 from genrec_jax.errors import UserError
@@ -28,7 +28,7 @@ def run_named(
     budget: Budget,
     *,
     where: ExecutorConfig,
-    pack: int,
+    how: Training,
     out: Path | None,
     dry_run: bool,
     quiet: bool,
@@ -59,7 +59,7 @@ def run_named(
     write_json(target / "study.json", {"title": study.title, "summary": study.doc, "metric": study.metric})
     write_references(planned, target)
     write_notes(folder, target)
-    summary = run_study(planned, target, executor=executor, quiet=quiet, pack=pack)
+    summary = run_study(planned, target, executor=executor, quiet=quiet, how=how)
     print(f"{summary.done} done, {summary.diverged} diverged, {len(summary.failed)} failed; table {summary.table}")
     if summary.done:
         write_report([target], target / "report.html")

@@ -19,6 +19,7 @@ from experiments.executors import Ended, Progress, Task, Waiting
 from experiments.folder import read_result
 from experiments.lease import Hold, hold
 from genrec_jax.config import Trial
+from genrec_jax.distributed.mesh import make_mesh, parse_mesh
 from genrec_jax.errors import UserError
 from genrec_jax.train.cache import enable_compilation_cache
 
@@ -62,7 +63,8 @@ def _train(task: Task, channel: Connection) -> None:
         if not todo:
             return
         trials, folders = zip(*todo)
-        resolve(task.trainer)(trials, folders, on_progress=_Reports(channel))
+        mesh = None if task.how.mesh is None else make_mesh(parse_mesh(task.how.mesh))
+        resolve(task.trainer)(trials, folders, mesh=mesh, remat=task.how.remat, on_progress=_Reports(channel))
         if any(read_result(folder) is None for folder in folders):
             raise RuntimeError("the trainer returned without writing a valid result.json")
 

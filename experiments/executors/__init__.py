@@ -16,6 +16,29 @@ ExecutorName = Literal["local", "ray", "slurm"]
 
 
 @dataclass(frozen=True)
+class Training:
+    """How attempts train, by the options of the command line; no part of a trial.
+
+    pack: trials that are trained together. mesh: the devices of an attempt's process that share its trial, as of
+    ``genrec train``. remat: likewise. Raises UserError for what cannot be read, or does not go together.
+    """
+
+    pack: int = 1
+    mesh: str | None = None
+    remat: bool = False
+
+    def __post_init__(self) -> None:
+        if self.pack < 1:
+            raise UserError(f"--pack must be at least 1, not {self.pack}")
+        if self.mesh is not None:
+            from genrec_jax.distributed.mesh import parse_mesh
+
+            parse_mesh(self.mesh)
+            if self.pack > 1:
+                raise UserError("--mesh goes with --pack 1: a mesh is for a trial alone")
+
+
+@dataclass(frozen=True)
 class Task:
     """One attempt at a trial, or at several that are trained together, each with its folder.
 
@@ -27,6 +50,7 @@ class Task:
     folders: tuple[Path, ...]
     trainer: str
     cwd: Path
+    how: Training = field(default_factory=Training)
     cpus: tuple[int, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
 

@@ -49,7 +49,9 @@ def plan(count: int, study: str = "study", **settings: Any) -> list[PlannedTrial
     ]
 
 
-def train_pack(trials: Sequence[Trial], run_dirs: Sequence[Path], *, on_progress: Any) -> list[dict[str, Any]]:
+def train_pack(
+    trials: Sequence[Trial], run_dirs: Sequence[Path], *, mesh: None, remat: bool, on_progress: Any
+) -> list[dict[str, Any]]:
     """One trial after the other; each of several notes how many they are."""
     for run_dir in run_dirs if len(trials) > 1 else ():
         journal(run_dir, f"pack {len(trials)}")

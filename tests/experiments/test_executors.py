@@ -243,6 +243,8 @@ def test_options_that_do_not_go_together_are_one_sentence(capsys: pytest.Capture
         (["--workers", "0"], "--workers"),
         (["--executor", "ray", "--cpus", "0"], "--cpus"),
         (["--executor", "ray", "--gpus", "-1"], "--gpus"),
+        (["--mesh", "data=2", "--pack", "2"], "--mesh goes with --pack 1"),
+        (["--mesh", "rows=2"], "--mesh 'rows=2' is not of the form"),
     ):
         assert named in fails(capsys, *flags), flags
 
