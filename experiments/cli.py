@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional
@@ -17,12 +17,15 @@ from experiments.data_commands import DATA
 from genrec_jax.errors import UserError
 from scaling.table import TableError
 
+_PLACE = tyro.conf.arg(metavar="PATH|URL")
+Somewhere = Annotated[str, _PLACE]
+
 
 def train(
     *,
     data: Path,
     model: str,
-    out: Path,
+    out: Somewhere,
     set: Many[tuple[str, ...]] = (),
     mesh: str | None = None,
     remat: bool = False,
@@ -34,7 +37,7 @@ def train(
     Args:
         data: Dataset folder, or the folder of a known raw dataset.
         model: Architecture by name.
-        out: Folder of the trial.
+        out: Folder of the trial, or a URL of one in a store (gs://, s3://; docs/scaling_out.md).
         set: dotted.key=value of the configuration; repeat for several.
         mesh: Devices that share the rows of a batch (data), the parameters, too (fsdp), the tokens of a row (context),
             the heads and experts (model), for example data=2,fsdp=4 (default: one device, or with --distributed data
@@ -45,8 +48,9 @@ def train(
         quiet: Plain lines instead of a progress bar.
     """
     from experiments.trial import train_command
+    from genrec_jax.train.places import place
 
-    train_command(data, model, set, out, mesh=mesh, remat=remat, distributed=distributed, quiet=quiet)
+    train_command(data, model, set, place(out), mesh=mesh, remat=remat, distributed=distributed, quiet=quiet)
 
 
 def plan(
@@ -92,7 +96,7 @@ def sweep(
     pack: int = 1,
     mesh: str | None = None,
     remat: bool = False,
-    out: Path | None = None,
+    out: Annotated[str | None, _PLACE] = None,
     dry_run: bool = False,
     quiet: bool = False,
 ) -> None:
@@ -111,16 +115,18 @@ def sweep(
         pack: Trials that a process trains together, where they differ in seed, learning rates and the like alone.
         mesh: Devices of an attempt's process that share each trial, as of genrec train.
         remat: As of genrec train.
-        out: Folder of the study (default: runs/NAME-DATASET-BUDGET).
+        out: Folder of the study, or a URL of one in a store (default: runs/NAME-DATASET-BUDGET).
         dry_run: Print every trial with its FLOPs, memory and expected time, and run nothing.
         quiet: Plain lines instead of a live table.
     """
     from experiments.executors import ExecutorConfig, Training
     from experiments.run import run_named
+    from genrec_jax.train.places import place
 
+    target = None if out is None else place(out)
     where = ExecutorConfig(executor, workers, address, cpus, gpus, slurm)
     how = Training(pack, mesh, remat)
-    sys.exit(run_named(name, data, budget, where=where, how=how, out=out, dry_run=dry_run, quiet=quiet))
+    sys.exit(run_named(name, data, budget, where=where, how=how, out=target, dry_run=dry_run, quiet=quiet))
 
 
 def fit(
@@ -145,23 +151,24 @@ def fit(
     fit_and_print(tables, y, x, group, json)
 
 
-def report(runs: Positional[tuple[Path, ...]], *, out: Path) -> None:
+def report(runs: Positional[tuple[Somewhere, ...]], *, out: Somewhere) -> None:
     """Write one self-contained HTML report of studies or results tables.
 
     Args:
-        runs: Folders of studies, folders that hold several of them, or results tables.
+        runs: Folders of studies, folders that hold several of them, or results tables; also URLs of a store.
         out: HTML file to write.
     """
     from experiments.run import write_report
+    from genrec_jax.train.places import place
 
-    write_report(list(runs), out)
+    write_report([place(run) for run in runs], place(out))
 
 
 def recipe(
     names: Positional[tuple[str, ...]],
     *,
     data: Path,
-    out: Path,
+    out: Somewhere,
     seed: Many[tuple[int, ...]] = (),
     epochs: int | None = None,
     protocol: Many[tuple[Literal["original", "honest"], ...]] = (),
@@ -173,7 +180,7 @@ def recipe(
     Args:
         names: Recipes by name, for example ml-1m-hstu.
         data: Dataset folder, or the folder of a known raw dataset.
-        out: Folder of the trials; several runs may add to it.
+        out: Folder of the trials, or a URL of one in a store; several runs may add to it.
         seed: A seed, 0 if none is given; repeat for several.
         epochs: Fewer epochs than published, for a look.
         protocol: One protocol alone: original (watches the test event) or honest (chooses the epoch on validation).
@@ -181,15 +188,16 @@ def recipe(
         quiet: Plain lines instead of a live table.
     """
     from experiments.recipe import recipe_command
+    from genrec_jax.train.places import place
 
     sys.exit(
         recipe_command(
-            names, data, out, seeds=seed, protocols=protocol, epochs=epochs, workers=workers, quiet=quiet
+            names, data, place(out), seeds=seed, protocols=protocol, epochs=epochs, workers=workers, quiet=quiet
         )
     )  # fmt: skip
 
 
-def results(runs: Positional[tuple[Path, ...]], *, out: Path) -> None:
+def results(runs: Positional[tuple[Somewhere, ...]], *, out: Path) -> None:
     """Write recipe runs beside the published numbers as a page of Markdown with curves.
 
     Args:
@@ -197,8 +205,9 @@ def results(runs: Positional[tuple[Path, ...]], *, out: Path) -> None:
         out: Markdown file to write, for example docs/results/retrieval.md; its records go beside it (.jsonl).
     """
     from experiments.retrieval_page import write_page
+    from genrec_jax.train.places import place
 
-    write_page(runs, out)
+    write_page([place(run) for run in runs], out)
 
 
 def compare(trials: Positional[tuple[Path, ...]]) -> None:

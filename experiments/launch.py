@@ -23,6 +23,7 @@ from experiments.study import PlannedTrial
 from experiments.table import rebuild_table
 from genrec_jax.errors import UserError
 from genrec_jax.train.pack import pack_key
+from genrec_jax.train.places import Place
 from genrec_jax.train.record import write_json
 
 TRAINER = "genrec_jax.train.loop:train_pack"
@@ -41,12 +42,12 @@ class Summary:
     diverged: int
     failed: tuple[str, ...]
     wall_seconds: float
-    table: Path
+    table: Place
 
 
 def run_study(
     planned: list[PlannedTrial],
-    out: Path,
+    out: Place,
     *,
     executor: Executor,
     quiet: bool,
@@ -79,7 +80,7 @@ class _Job:
     """
 
     planned: PlannedTrial
-    folder: Path
+    folder: Place
     cost: float
     attempts: int = 0
     tries: int = 0
@@ -92,7 +93,7 @@ class _Job:
 
 class _Launch:
     def __init__(
-        self, planned: list[PlannedTrial], out: Path, executor: Executor, quiet: bool, how: Training, trainer: str
+        self, planned: list[PlannedTrial], out: Place, executor: Executor, quiet: bool, how: Training, trainer: str
     ) -> None:
         self._out = out
         self._executor = executor
@@ -267,7 +268,7 @@ class _Launch:
         )
 
 
-def _prepare(planned: list[PlannedTrial], out: Path) -> list[_Job]:
+def _prepare(planned: list[PlannedTrial], out: Place) -> list[_Job]:
     """Writes every trial's config.json and plan.json; one job per distinct trial, however many places it has."""
     places: dict[str, list[PlannedTrial]] = {}
     for one in planned:
@@ -294,7 +295,7 @@ def _packs(jobs: list[_Job], size: int) -> list[list[_Job]]:
     return [own[start : start + size] for own in alike.values() for start in range(0, len(own), size)]
 
 
-def _withdraw(studies: set[str], planned: set[str], out: Path) -> None:
+def _withdraw(studies: set[str], planned: set[str], out: Place) -> None:
     """Takes trials that these studies planned before, and no longer do, out of their tables; the folders stay."""
     for folder in (out / "trials").glob("*/"):
         plan = read_record(folder / "plan.json")
@@ -304,7 +305,7 @@ def _withdraw(studies: set[str], planned: set[str], out: Path) -> None:
                 write_json(folder / "plan.json", {"placements": kept})
 
 
-def _write_plan(folder: Path, here: list[PlannedTrial]) -> None:
+def _write_plan(folder: Place, here: list[PlannedTrial]) -> None:
     """Records the trial's places in these studies, and keeps those in others."""
     keys = ("study", "family", "label", "axis", "axis_value")
     places = [{key: getattr(one, key) for key in keys} for one in here]

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 
 from genrec_jax.config import Trial
 from genrec_jax.errors import UserError
+from genrec_jax.train.places import Place
 
 ExecutorName = Literal["local", "ray", "slurm"]
 
@@ -47,7 +48,7 @@ class Task:
     """
 
     trials: tuple[Trial, ...]
-    folders: tuple[Path, ...]
+    folders: tuple[Place, ...]
     trainer: str
     cwd: Path
     how: Training = field(default_factory=Training)
@@ -55,7 +56,7 @@ class Task:
     environment: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> Place:
         """Of the first trial: what belongs to the attempt as a whole is there."""
         return self.folders[0]
 
