@@ -10,120 +10,22 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from rich.console import Console
 from tyro.conf import Positional
 from tyro.conf import UseAppendAction as Many
 
+from experiments.data_commands import DATA
 from genrec_jax.errors import UserError
 from scaling.table import TableError
 
-
-def data_import(
-    files: Positional[tuple[Path, ...]] = (),
-    *,
-    out: Path,
-    user: str | None = None,
-    item: str | None = None,
-    time: str | None = None,
-    label: Many[tuple[str, ...]] = (),
-    request: str | None = None,
-    order: str | None = None,
-    user_feature: Many[tuple[str, ...]] = (),
-    item_feature: Many[tuple[str, ...]] = (),
-    event_feature: Many[tuple[str, ...]] = (),
-    time_unit: Literal["s", "ms", "us", "ns"] | None = None,
-    promise_sorted: bool = False,
-    mapping: Path | None = None,
-    workers: int = 1,
-    memory_mib: int = 512,
-    quiet: bool = False,
-) -> None:
-    """Read a log (parquet, CSV, TSV, or a folder of a known dataset) into a dataset folder; run again to go on.
-
-    Args:
-        files: Log files with the same columns, or one folder of MovieLens, Amazon or Globo.
-        out: Dataset folder to write.
-        user: Column of user ids.
-        item: Column of item ids.
-        time: Column of event times.
-        label: A task, NAME=COL, NAME=COL>=X or NAME=COL==X; repeat for several.
-        request: Column of request ids: events shown together.
-        order: Column of whole numbers that orders a user's events of equal time (default: as they stand).
-        user_feature: Column with a categorical feature of the user; repeat for several.
-        item_feature: Column with a categorical feature of the item; repeat for several.
-        event_feature: Column with a categorical feature of the event; repeat for several.
-        time_unit: Unit of the time column (default: s).
-        promise_sorted: Refuse the log if a user's times ever go back.
-        mapping: TOML file with the same settings, instead of flags.
-        workers: Worker processes; the dataset does not depend on it.
-        memory_mib: MiB of events that a worker holds at a time, whatever the size of the log.
-        quiet: No progress bar.
-    """
-    from experiments.datasets import import_command
-
-    columns = {"user": user, "item": item, "time": time, "request": request, "order": order}
-    features = {"user_features": user_feature, "item_features": item_feature, "event_features": event_feature}
-    options = {"labels": label, "time_unit": time_unit, "promise_sorted": promise_sorted, **features}
-    given = {name: value for name, value in (columns | options).items() if value}
-    import_command(
-        files, out, given, mapping_file=mapping, workers=workers, memory_mib=memory_mib, quiet=quiet
-    )  # fmt: skip
-    _print_summary(out)
-
-
-def data_synthetic(
-    *,
-    out: Path,
-    name: Annotated[str, tyro.conf.arg(name="preset")] = "small",
-    events: int | None = None,
-    seed: int = 0,
-    set: Many[tuple[str, ...]] = (),
-    workers: int = 1,
-    quiet: bool = False,
-) -> None:
-    """Generate a synthetic world whose Bayes-optimal NE is known; run again to go on.
-
-    Args:
-        out: Dataset folder to write.
-        name: Named size of the world.
-        events: About how many events there shall be: sets the number of users.
-        seed: Seed of the world.
-        set: key=value of the world (users=1000, tasks=click,like); repeat for several.
-        workers: Worker processes; the bits do not depend on it.
-        quiet: No progress bar.
-    """
-    from experiments.datasets import sized_world
-    from genrec_jax.data.synthetic import generate
-
-    generate(sized_world(name, seed, set, events), out, workers=workers, quiet=quiet)
-    _print_summary(out)
-
-
-def data_show(data: Positional[Path]) -> None:
-    """Check a dataset folder against its digest, and print what it holds.
-
-    Args:
-        data: Dataset folder, or the folder of a known raw dataset.
-    """
-    from genrec_jax.data.catalog import load_any
-    from genrec_jax.data.sequences import verify
-
-    folder = load_any(data)
-    verify(folder)
-    _print_summary(folder)
-
-
-def _print_summary(folder: Path) -> None:
-    from genrec_jax.data.summary import describe, summary_table
-
-    Console(highlight=False).print(summary_table(describe(folder)))
+_PLACE = tyro.conf.arg(metavar="PATH|URL")
+Somewhere = Annotated[str, _PLACE]
 
 
 def train(
     *,
     data: Path,
     model: str,
-    out: Path,
+    out: Somewhere,
     set: Many[tuple[str, ...]] = (),
     mesh: str | None = None,
     remat: bool = False,
@@ -135,7 +37,7 @@ def train(
     Args:
         data: Dataset folder, or the folder of a known raw dataset.
         model: Architecture by name.
-        out: Folder of the trial.
+        out: Folder of the trial, or a URL of one in a store (gs://, s3://; docs/scaling_out.md).
         set: dotted.key=value of the configuration; repeat for several.
         mesh: Devices that share the rows of a batch (data), the parameters, too (fsdp), the tokens of a row (context),
             the heads and experts (model), for example data=2,fsdp=4 (default: one device, or with --distributed data
@@ -146,8 +48,9 @@ def train(
         quiet: Plain lines instead of a progress bar.
     """
     from experiments.trial import train_command
+    from genrec_jax.train.places import place
 
-    train_command(data, model, set, out, mesh=mesh, remat=remat, distributed=distributed, quiet=quiet)
+    train_command(data, model, set, place(out), mesh=mesh, remat=remat, distributed=distributed, quiet=quiet)
 
 
 def plan(
@@ -191,7 +94,9 @@ def sweep(
     gpus: float | None = None,
     slurm: Many[tuple[str, ...]] = (),
     pack: int = 1,
-    out: Path | None = None,
+    mesh: str | None = None,
+    remat: bool = False,
+    out: Annotated[str | None, _PLACE] = None,
     dry_run: bool = False,
     quiet: bool = False,
 ) -> None:
@@ -208,15 +113,20 @@ def sweep(
         gpus: GPUs of an attempt on a cluster (default: 0); with Ray a fraction shares one.
         slurm: KEY=VALUE for sbatch, for example partition=gpu or time=120 (minutes); repeat for several.
         pack: Trials that a process trains together, where they differ in seed, learning rates and the like alone.
-        out: Folder of the study (default: runs/NAME-DATASET-BUDGET).
+        mesh: Devices of an attempt's process that share each trial, as of genrec train.
+        remat: As of genrec train.
+        out: Folder of the study, or a URL of one in a store (default: runs/NAME-DATASET-BUDGET).
         dry_run: Print every trial with its FLOPs, memory and expected time, and run nothing.
         quiet: Plain lines instead of a live table.
     """
-    from experiments.executors import ExecutorConfig
+    from experiments.executors import ExecutorConfig, Training
     from experiments.run import run_named
+    from genrec_jax.train.places import place
 
+    target = None if out is None else place(out)
     where = ExecutorConfig(executor, workers, address, cpus, gpus, slurm)
-    sys.exit(run_named(name, data, budget, where=where, pack=pack, out=out, dry_run=dry_run, quiet=quiet))
+    how = Training(pack, mesh, remat)
+    sys.exit(run_named(name, data, budget, where=where, how=how, out=target, dry_run=dry_run, quiet=quiet))
 
 
 def fit(
@@ -241,23 +151,24 @@ def fit(
     fit_and_print(tables, y, x, group, json)
 
 
-def report(runs: Positional[tuple[Path, ...]], *, out: Path) -> None:
+def report(runs: Positional[tuple[Somewhere, ...]], *, out: Somewhere) -> None:
     """Write one self-contained HTML report of studies or results tables.
 
     Args:
-        runs: Folders of studies, folders that hold several of them, or results tables.
+        runs: Folders of studies, folders that hold several of them, or results tables; also URLs of a store.
         out: HTML file to write.
     """
     from experiments.run import write_report
+    from genrec_jax.train.places import place
 
-    write_report(list(runs), out)
+    write_report([place(run) for run in runs], place(out))
 
 
 def recipe(
     names: Positional[tuple[str, ...]],
     *,
     data: Path,
-    out: Path,
+    out: Somewhere,
     seed: Many[tuple[int, ...]] = (),
     epochs: int | None = None,
     protocol: Many[tuple[Literal["original", "honest"], ...]] = (),
@@ -269,7 +180,7 @@ def recipe(
     Args:
         names: Recipes by name, for example ml-1m-hstu.
         data: Dataset folder, or the folder of a known raw dataset.
-        out: Folder of the trials; several runs may add to it.
+        out: Folder of the trials, or a URL of one in a store; several runs may add to it.
         seed: A seed, 0 if none is given; repeat for several.
         epochs: Fewer epochs than published, for a look.
         protocol: One protocol alone: original (watches the test event) or honest (chooses the epoch on validation).
@@ -277,15 +188,16 @@ def recipe(
         quiet: Plain lines instead of a live table.
     """
     from experiments.recipe import recipe_command
+    from genrec_jax.train.places import place
 
     sys.exit(
         recipe_command(
-            names, data, out, seeds=seed, protocols=protocol, epochs=epochs, workers=workers, quiet=quiet
+            names, data, place(out), seeds=seed, protocols=protocol, epochs=epochs, workers=workers, quiet=quiet
         )
     )  # fmt: skip
 
 
-def results(runs: Positional[tuple[Path, ...]], *, out: Path) -> None:
+def results(runs: Positional[tuple[Somewhere, ...]], *, out: Path) -> None:
     """Write recipe runs beside the published numbers as a page of Markdown with curves.
 
     Args:
@@ -293,8 +205,9 @@ def results(runs: Positional[tuple[Path, ...]], *, out: Path) -> None:
         out: Markdown file to write, for example docs/results/retrieval.md; its records go beside it (.jsonl).
     """
     from experiments.retrieval_page import write_page
+    from genrec_jax.train.places import place
 
-    write_page(runs, out)
+    write_page([place(run) for run in runs], out)
 
 
 def compare(trials: Positional[tuple[Path, ...]]) -> None:
@@ -418,7 +331,6 @@ def bench(name: Positional[str] = "all", *, data: Path | None = None) -> None:
     run(name, data)
 
 
-_DATA: dict[str, Callable[..., Any]] = {"import": data_import, "synthetic": data_synthetic, "show": data_show}
 _COMMANDS: dict[str, Callable[..., Any]] = {
     "train": train,
     "plan": plan,
@@ -446,7 +358,7 @@ def main(args: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if args is None else args)
     try:
         if given[:1] == ["data"]:
-            _parse(_DATA, given[1:], "genrec data")
+            _parse(DATA, given[1:], "genrec data")
         else:
             _parse({"data": _data, **_COMMANDS}, given, "genrec")
     except (UserError, TableError) as error:

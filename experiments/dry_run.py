@@ -5,13 +5,13 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Protocol
 
 from experiments.folder import read_record, read_result
 from experiments.progress import duration
 from experiments.study import PlannedTrial
 from genrec_jax.config import Trial
+from genrec_jax.train.places import Place
 
 
 class Cost(Protocol):
@@ -31,7 +31,7 @@ def with_cost(planned: Sequence[PlannedTrial], flops: Callable[[Trial], float]) 
 
 
 def print_plan(
-    planned: Sequence[PlannedTrial], estimate: Callable[[Trial], Cost], *, workers: int, out: Path | None = None
+    planned: Sequence[PlannedTrial], estimate: Callable[[Trial], Cost], *, workers: int, out: Place | None = None
 ) -> None:
     """One line per trial with FLOPs, memory and expected time, and the totals; a trial with two places counts once.
 
@@ -60,7 +60,7 @@ def print_plan(
     print(f"times: {'; '.join(says)}")
 
 
-def _measured_rates(out: Path) -> Mapping[str, float]:
+def _measured_rates(out: Place) -> Mapping[str, float]:
     """Training FLOP/s by model: the median over its finished trials, compilation and evaluation left out."""
     found: defaultdict[str, list[float]] = defaultdict(list)
     for folder in (out / "trials").glob("*/"):

@@ -16,17 +16,19 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from experiments.executors import Began, Ended, Executor, Progress, Task, Waiting, Word
+from experiments.executors import Began, Ended, Executor, Progress, Task, Training, Waiting, Word
 from experiments.folder import only_launcher, read_record, read_result, trial_folder
 from experiments.progress import Reporter, duration, make_reporter
 from experiments.study import PlannedTrial
 from experiments.table import rebuild_table
 from genrec_jax.errors import UserError
 from genrec_jax.train.pack import pack_key
+from genrec_jax.train.places import Place
 from genrec_jax.train.record import write_json
 
 TRAINER = "genrec_jax.train.loop:train_pack"
 ATTEMPTS = 3
+ALONE = Training()
 _TICK = 0.2
 
 
@@ -40,29 +42,33 @@ class Summary:
     diverged: int
     failed: tuple[str, ...]
     wall_seconds: float
-    table: Path
+    table: Place
 
 
 def run_study(
-    planned: list[PlannedTrial], out: Path, *, executor: Executor, quiet: bool, pack: int = 1, trainer: str = TRAINER
+    planned: list[PlannedTrial],
+    out: Place,
+    *,
+    executor: Executor,
+    quiet: bool,
+    how: Training = ALONE,
+    trainer: str = TRAINER,
 ) -> Summary:
     """Trains every planned trial that has no result yet and rebuilds ``out/results.csv``; closes the executor.
 
-    Up to ``pack`` trials that may be trained together (:func:`genrec_jax.train.pack.pack_key`) are one attempt; those
-    of a pack that fails are tried again one by one. A trial that crashes is tried three times, then recorded as failed;
-    the next launch tries it again. An attempt that was ended from outside (a lost node) counts only if it got no
-    further than those before it. Ctrl-C (or SIGTERM) stops the workers, says how to go on and exits with 130 (143).
+    Up to ``how.pack`` trials that may be trained together (:func:`genrec_jax.train.pack.pack_key`) are one attempt;
+    those of a pack that fails are tried again one by one. A trial that crashes is tried three times, then recorded as
+    failed; the next launch tries it again. An attempt that was ended from outside (a lost node) counts only if it got
+    no further than those before it. Ctrl-C (or SIGTERM) stops the workers, says how to go on and exits with 130 (143).
     Raises UserError for a second launcher on ``out`` and, once every other trial is through, for a trial whose
     configuration or data is refused.
     """
     with contextlib.closing(executor):
         if not planned:
             raise UserError("the study has no trials")
-        if pack < 1:
-            raise UserError(f"--pack must be at least 1, not {pack}")
         out.mkdir(parents=True, exist_ok=True)
         with only_launcher(out):
-            return _Launch(planned, out, executor, quiet, pack, trainer).run()
+            return _Launch(planned, out, executor, quiet, how, trainer).run()
 
 
 @dataclass
@@ -74,7 +80,7 @@ class _Job:
     """
 
     planned: PlannedTrial
-    folder: Path
+    folder: Place
     cost: float
     attempts: int = 0
     tries: int = 0
@@ -87,10 +93,11 @@ class _Job:
 
 class _Launch:
     def __init__(
-        self, planned: list[PlannedTrial], out: Path, executor: Executor, quiet: bool, pack: int, trainer: str
+        self, planned: list[PlannedTrial], out: Place, executor: Executor, quiet: bool, how: Training, trainer: str
     ) -> None:
         self._out = out
         self._executor = executor
+        self._how = how
         self._trainer = trainer
         self._began = time.monotonic()
         self._jobs = _prepare(planned, out)
@@ -98,7 +105,7 @@ class _Launch:
         self._todo = todo
         self._earlier = len(self._jobs) - len(todo)
         # Longest first: a long one started last would leave the other workers idle.
-        self._queue = deque(sorted(_packs(todo, pack), key=lambda jobs: -sum(job.cost for job in jobs)))
+        self._queue = deque(sorted(_packs(todo, how.pack), key=lambda jobs: -sum(job.cost for job in jobs)))
         self._running: dict[str, list[_Job]] = {}  # by the key of the attempt
         self._signal = 0
         weight = sum(job.cost for job in todo)
@@ -135,7 +142,7 @@ class _Launch:
             job.furthest, job.reached = max(job.furthest, job.reached), 0
             (job.folder / "failure.json").unlink(missing_ok=True)
         folders = tuple(job.folder.absolute() for job in jobs)
-        task = Task(tuple(job.planned.trial for job in jobs), folders, self._trainer, Path.cwd())
+        task = Task(tuple(job.planned.trial for job in jobs), folders, self._trainer, Path.cwd(), self._how)
         self._executor.start(task)
         self._running[task.key] = jobs
 
@@ -261,7 +268,7 @@ class _Launch:
         )
 
 
-def _prepare(planned: list[PlannedTrial], out: Path) -> list[_Job]:
+def _prepare(planned: list[PlannedTrial], out: Place) -> list[_Job]:
     """Writes every trial's config.json and plan.json; one job per distinct trial, however many places it has."""
     places: dict[str, list[PlannedTrial]] = {}
     for one in planned:
@@ -288,7 +295,7 @@ def _packs(jobs: list[_Job], size: int) -> list[list[_Job]]:
     return [own[start : start + size] for own in alike.values() for start in range(0, len(own), size)]
 
 
-def _withdraw(studies: set[str], planned: set[str], out: Path) -> None:
+def _withdraw(studies: set[str], planned: set[str], out: Place) -> None:
     """Takes trials that these studies planned before, and no longer do, out of their tables; the folders stay."""
     for folder in (out / "trials").glob("*/"):
         plan = read_record(folder / "plan.json")
@@ -298,7 +305,7 @@ def _withdraw(studies: set[str], planned: set[str], out: Path) -> None:
                 write_json(folder / "plan.json", {"placements": kept})
 
 
-def _write_plan(folder: Path, here: list[PlannedTrial]) -> None:
+def _write_plan(folder: Place, here: list[PlannedTrial]) -> None:
     """Records the trial's places in these studies, and keeps those in others."""
     keys = ("study", "family", "label", "axis", "axis_value")
     places = [{key: getattr(one, key) for key in keys} for one in here]

@@ -7,6 +7,7 @@ from experiments.recipes import PROTOCOLS, Protocol, Recipe, read
 from experiments.study import PlannedTrial
 from genrec_jax.data.sequences import Sequences
 from genrec_jax.errors import UserError
+from genrec_jax.train.places import Place
 
 STUDY = "recipes"  # what the trials' folders call it
 
@@ -29,7 +30,7 @@ def plan_recipe(
 def recipe_command(
     names: Sequence[str],
     data: Path,
-    out: Path,
+    out: Place,
     *,
     seeds: Sequence[int],
     protocols: Sequence[Protocol],

@@ -12,7 +12,7 @@ from experiments.retrieval_choices import REFERENCE
 from experiments.retrieval_choices import STUDY as CHOICES
 from experiments.retrieval_runs import CHOSEN_BY, METRICS, Run, read_runs, write_runs
 from genrec_jax.errors import UserError
-from genrec_jax.train.record import write_text
+from genrec_jax.train.places import Place, write_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +109,7 @@ def _choice_table(runs: list[Run], data: dict[str, Any], epochs: float) -> Table
     return Table(f"Choices of the recipe, {data['name']}, {epochs:g} epochs", intro, columns, tuple(rows))
 
 
-def print_tables(folder: Path) -> None:
+def print_tables(folder: Place) -> None:
     """The tables of one folder on the terminal."""
     from rich.console import Console
     from rich.table import Column
@@ -123,7 +123,7 @@ def print_tables(folder: Path) -> None:
         console.print(grid)
 
 
-def write_page(sources: Sequence[Path], out: Path) -> None:
+def write_page(sources: Sequence[Place], out: Path) -> None:
     """Writes the page ``out`` (Markdown), beside it the curves as SVG and the record file of the runs."""
     from experiments.retrieval_curves import curve_figures
 

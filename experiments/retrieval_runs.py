@@ -16,7 +16,8 @@ from experiments.retrieval_choices import STUDY as CHOICES
 from genrec_jax.data.sequences import Sequences
 from genrec_jax.errors import UserError
 from genrec_jax.train.member import SELECTED_BY
-from genrec_jax.train.record import read_lines, write_json, write_text
+from genrec_jax.train.places import Place, write_text
+from genrec_jax.train.record import read_lines, write_json
 
 METRICS = ("hr@10", "hr@50", "hr@200", "ndcg@10", "ndcg@50", "ndcg@200", "mrr")
 CHOSEN_BY = SELECTED_BY["retrieval"][0]
@@ -52,14 +53,14 @@ class Run:
         return max(self.curve, key=lambda point: point[1][CHOSEN_BY])
 
 
-def write_datasets(out: Path, sequences: Sequences) -> None:
+def write_datasets(out: Place, sequences: Sequences) -> None:
     """Adds a dataset to ``OUT/datasets.json``, which says what the trials' digests stand for."""
     known = read_record(out / "datasets.json") or {}
     entry = {"name": sequences.name, "users": sequences.users, "items": sequences.schema.items - 1}
     write_json(out / "datasets.json", known | {sequences.digest: entry})
 
 
-def read_runs(sources: Sequence[Path]) -> list[Run]:
+def read_runs(sources: Sequence[Place]) -> list[Run]:
     """Every trial of a recipe or of the study of choices in the given folders and record files.
 
     Of one recipe (or choice), protocol, seed, dataset and number of epochs there is one: a finished one before others,
@@ -87,7 +88,7 @@ def _columns(run: Run) -> dict[str, Any]:
     return {**dataclasses.asdict(run), "curve": {"epoch": [round(epoch, 6) for epoch in epochs], **curve}}
 
 
-def _recorded(file: Path) -> Iterator[Run]:
+def _recorded(file: Place) -> Iterator[Run]:
     try:
         for record in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
             curve = record.pop("curve")
@@ -98,16 +99,16 @@ def _recorded(file: Path) -> Iterator[Run]:
         raise UserError(f"{file} does not hold records of runs, as `genrec results` writes them") from None
 
 
-def _in_folder(folder: Path) -> Iterator[Run]:
+def _in_folder(folder: Place) -> Iterator[Run]:
     datasets = read_record(folder / "datasets.json") or {}
-    trials = sorted((folder / "trials").glob("*/config.json"))
+    trials = sorted(file.parent.name for file in (folder / "trials").glob("*/config.json"))
     if not trials:
         raise UserError(f"{folder} holds no trials")
-    for file in trials:
-        yield from _runs(file.parent, datasets)
+    for name in trials:
+        yield from _runs(folder / "trials" / name, datasets)
 
 
-def _runs(folder: Path, datasets: dict[str, Any]) -> Iterator[Run]:
+def _runs(folder: Place, datasets: dict[str, Any]) -> Iterator[Run]:
     config, plan, result = read_record(folder / "config.json"), read_record(folder / "plan.json"), read_result(folder)
     if config is None or plan is None:
         return

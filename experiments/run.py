@@ -1,15 +1,17 @@
 """``genrec sweep`` and ``genrec report``: a study by name, from its declaration to its page."""
 
+import contextlib
 import importlib
 import pkgutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import experiments
-from experiments.executors import ExecutorConfig, make_executor
+from experiments.executors import ExecutorConfig, Training, make_executor
 from experiments.folder import read_record
 from experiments.study import Budget, Study
 from genrec_jax.errors import UserError
+from genrec_jax.train.places import Place
 
 
 def studies() -> dict[str, Study]:
@@ -28,8 +30,8 @@ def run_named(
     budget: Budget,
     *,
     where: ExecutorConfig,
-    pack: int,
-    out: Path | None,
+    how: Training,
+    out: Place | None,
     dry_run: bool,
     quiet: bool,
 ) -> int:
@@ -59,22 +61,31 @@ def run_named(
     write_json(target / "study.json", {"title": study.title, "summary": study.doc, "metric": study.metric})
     write_references(planned, target)
     write_notes(folder, target)
-    summary = run_study(planned, target, executor=executor, quiet=quiet, pack=pack)
+    summary = run_study(planned, target, executor=executor, quiet=quiet, how=how)
     print(f"{summary.done} done, {summary.diverged} diverged, {len(summary.failed)} failed; table {summary.table}")
     if summary.done:
         write_report([target], target / "report.html")
     return 1 if summary.failed else 0
 
 
-def write_report(runs: Sequence[Path], out: Path) -> None:
+def write_report(runs: Sequence[Place], out: Place) -> None:
     """Writes one page for study folders, folders of study folders, or tables.
 
     A single study lends the page its title and question; of several, each opens its own section with them.
     """
+    from genrec_jax.train.mirror import brought, taken
+
+    with contextlib.ExitStack() as copies:
+        here = [copies.enter_context(brought(folder)) for path in runs for folder in _study_folders(path)]
+        with taken(out) as page:
+            _write_page(here, page)
+    print(f"report {out}")
+
+
+def _write_page(runs: list[Path], out: Path) -> None:
     import scaling
     from experiments.truth import read_notes, read_references
 
-    runs = [folder for path in runs for folder in _study_folders(path)]
     headings = {path: heading for path in runs if (heading := read_record(path / "study.json")) is not None}
     title, summary, metric = "Scaling report", "", None
     intros: dict[str, str] = {}
@@ -99,7 +110,6 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
     )
     for line in scaling.held_against_truth(analysis, references):
         print(line)
-    print(f"report {out}")
 
 
 def _intros(headings: Mapping[Path, Mapping[str, str]]) -> dict[str, str]:
@@ -120,7 +130,8 @@ def _intros(headings: Mapping[Path, Mapping[str, str]]) -> dict[str, str]:
     return intros
 
 
-def _study_folders(path: Path) -> list[Path]:
+def _study_folders(path: Place) -> list[Place]:
     """The path itself, or the studies in it where it is no study but a folder of studies."""
-    inside = sorted(table.parent for table in path.glob("*/results.csv"))
-    return inside if inside and not (path / "results.csv").is_file() else [path]
+    if (path / "results.csv").is_file():
+        return [path]
+    return sorted(table.parent for table in path.glob("*/results.csv")) or [path]

@@ -15,6 +15,8 @@ from genrec_jax.config import Trial, default_trial, override, trial_from_json
 from genrec_jax.data.catalog import load_any
 from genrec_jax.data.sequences import digest_of
 from genrec_jax.errors import UserError
+from genrec_jax.train.mirror import at_hand
+from genrec_jax.train.places import Place, as_folder
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, str]:
@@ -32,7 +34,7 @@ def train_command(
     data: Path,
     model: str,
     settings: Sequence[str],
-    out: Path,
+    out: Place,
     *,
     mesh: str | None,
     remat: bool,
@@ -40,6 +42,8 @@ def train_command(
     quiet: bool,
 ) -> None:
     """Trains (or resumes) the trial and prints its result; of several processes one prints."""
+    if distributed is not None:
+        as_folder(out, "--out with --distributed")
     trial = override(default_trial(model), parse_settings(settings))
     folder = load_any(data, quiet=quiet)
     trial = override(trial, {"data.path": str(folder), "data.digest": digest_of(folder)})
@@ -57,19 +61,19 @@ def train_command(
     if distributed is not None:
         join(distributed)
     devices = mesh_of_all(sizes) if distributed is not None else None if sizes is None else make_mesh(sizes)
-    work = functools.partial(train, trial, out, mesh=devices, remat=remat)
+    work = functools.partial(train, trial, mesh=devices, remat=remat)
     enable_compilation_cache()
     if not leads():
-        with together():
-            work()
+        with together(), at_hand(out) as folder:
+            work(folder)
         return
     out.mkdir(parents=True, exist_ok=True)
     held = hold(out / "lease", wait=False)
     if held is None:
         raise UserError(f"another process trains in {out}; let it finish or choose another --out")
-    with held, _saying_how_to_go_on(), together():
+    with held, at_hand(out) as folder, _saying_how_to_go_on(), together():
         if quiet:
-            result = work(on_progress=lambda record: print(_line(record), flush=True))
+            result = work(folder, on_progress=lambda record: print(_line(record), flush=True))
         else:
             columns = (
                 TextColumn("{task.description}"),
@@ -84,7 +88,7 @@ def train_command(
                     told = f"loss {record['loss']:.4f}  {record['examples_per_second']:.0f} targets/s"
                     progress.update(bar, completed=record["step"], total=record["steps"], rate=told)
 
-                result = work(on_progress=show)
+                result = work(folder, on_progress=show)
     _show(result)
 
 
@@ -112,7 +116,7 @@ def _line(record: dict[str, Any]) -> str:
     return f"step {record['step']}/{record['steps']} loss {record['loss']:.4f} {rate}"
 
 
-def _earlier(trial: Trial, out: Path) -> dict[str, Any] | None:
+def _earlier(trial: Trial, out: Place) -> dict[str, Any] | None:
     """The result that this very trial already has in ``out``, or None.
 
     Raises UserError if the folder belongs to another trial: mixing two would corrupt its record.

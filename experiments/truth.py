@@ -10,11 +10,12 @@ from experiments.study import PlannedTrial
 from genrec_jax.config import DataConfig
 from genrec_jax.data.pipeline import evaluation_events
 from genrec_jax.data.sequences import load
+from genrec_jax.train.places import Place
 from genrec_jax.train.record import write_json
 from scaling.plots import Reference
 
 
-def write_references(planned: Sequence[PlannedTrial], out: Path) -> None:
+def write_references(planned: Sequence[PlannedTrial], out: Place) -> None:
     """Writes ``OUT/references.json``: Bayes NE for each history length of the study, and oracle NE.
 
     The values are the log-loss of the exact posterior on the very labels that models are evaluated on, so that a
@@ -60,7 +61,7 @@ def read_references(folders: Sequence[Path]) -> list[Reference]:
     return list(found.values())
 
 
-def write_notes(data: Path, out: Path) -> None:
+def write_notes(data: Path, out: Place) -> None:
     """Writes ``OUT/notes.json``: {dataset's name: what a reader must know of it}, from the dataset's own record.
 
     The notes are the list of sentences ``source.notes`` of ``DATA/dataset.json``; without any, nothing is written.

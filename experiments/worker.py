@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
@@ -19,8 +19,11 @@ from experiments.executors import Ended, Progress, Task, Waiting
 from experiments.folder import read_result
 from experiments.lease import Hold, hold
 from genrec_jax.config import Trial
+from genrec_jax.distributed.mesh import make_mesh, parse_mesh
 from genrec_jax.errors import UserError
 from genrec_jax.train.cache import enable_compilation_cache
+from genrec_jax.train.mirror import at_hand
+from genrec_jax.train.places import Place, beside
 
 STOPPED = 128 + signal.SIGTERM
 # A trial of tiny steps reports thousands of times a second; a person reads a few.
@@ -36,38 +39,54 @@ def work(task: Task, channel: Connection) -> None:
     threading.Thread(target=_end_with_launcher, daemon=True).start()
     signal.signal(signal.SIGTERM, _stop)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])  # experiments.executors.preloaded blocks it
-    _write_to(task.folder / "log.txt")
+    _write_to(beside(task.folder, "log.txt"))
     os.environ.update(task.environment)
     if task.cpus:
         os.sched_setaffinity(0, task.cpus)
     enable_compilation_cache()
     try:
-        os.chdir(task.cwd)
-        _train(task, channel)
+        with contextlib.ExitStack() as held, _traceback():  # in the log, while that is at hand
+            os.chdir(task.cwd)
+            _train(task, channel, held)
     except UserError as error:
         channel.send(Ended(str(error), refused=True))
         sys.exit(2)
     except Exception as error:
-        traceback.print_exc()
         channel.send(Ended("".join(traceback.format_exception_only(error)).strip()))
         sys.exit(1)
 
 
-def _train(task: Task, channel: Connection) -> None:
-    with contextlib.ExitStack() as held:
-        for folder in sorted(task.folders):  # in one order, so that no two workers wait for each other
-            held.enter_context(_held(folder, channel))
-        # Whoever had a lease may have finished its trial.
-        todo = [(one, own) for one, own in zip(task.trials, task.folders) if read_result(own) is None]
-        if not todo:
-            return
-        trials, folders = zip(*todo)
-        resolve(task.trainer)(trials, folders, on_progress=_Reports(channel))
-        if any(read_result(folder) is None for folder in folders):
-            raise RuntimeError("the trainer returned without writing a valid result.json")
+def _train(task: Task, channel: Connection, held: contextlib.ExitStack) -> None:
+    """``held``: keeps the leases, and in the end puts into a store what the trials' folders there came to."""
+    for place in sorted(task.folders):  # in one order, so that no two workers wait for each other
+        held.enter_context(_held(place, channel))
+    # Whoever had a lease may have finished its trial.
+    todo = [(one, own) for one, own in zip(task.trials, task.folders) if read_result(own) is None]
+    if not todo:
+        return
+    trials, places = zip(*todo)
+    folders = [held.enter_context(at_hand(place)) for place in places]
+    if places[0] == task.folder:
+        _write_to(folders[0] / "log.txt")
+    mesh = None if task.how.mesh is None else make_mesh(parse_mesh(task.how.mesh))
+    resolve(task.trainer)(trials, folders, mesh=mesh, remat=task.how.remat, on_progress=_Reports(channel))
+    if any(read_result(folder) is None for folder in folders):
+        raise RuntimeError("the trainer returned without writing a valid result.json")
 
 
-def _held(folder: Path, channel: Connection) -> Hold:
+@contextlib.contextmanager
+def _traceback() -> Iterator[None]:
+    """Prints what a crash was, which a refusal is not."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception:
+        traceback.print_exc()
+        raise
+
+
+def _held(folder: Place, channel: Connection) -> Hold:
     """The lease of a trial's folder."""
     held = hold(folder / "lease", wait=False)
     if held is None:

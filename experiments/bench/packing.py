@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.executors import Training
 from experiments.executors.local import LocalExecutor
 from experiments.ladders import BASE, rungs
 from experiments.launch import run_study
@@ -30,7 +31,7 @@ def _study(family: str, first_seed: int) -> Study:
 
 def _sweep(study: Study, dataset: Dataset, out: Path, pack: int) -> dict[str, float]:
     """Seconds of a sweep, and those of its training loops."""
-    run_study(study.trials(str(dataset.path), "small"), out, executor=LocalExecutor(1), quiet=True, pack=pack)
+    run_study(study.trials(str(dataset.path), "small"), out, executor=LocalExecutor(1), quiet=True, how=Training(pack))
     record = json.loads((out / "launch.json").read_text(encoding="utf-8"))
     return {"wall": record["wall_seconds"], "training": record["train_seconds"]}
 

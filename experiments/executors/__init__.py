@@ -11,8 +11,32 @@ from typing import Any, Literal, Protocol
 
 from genrec_jax.config import Trial
 from genrec_jax.errors import UserError
+from genrec_jax.train.places import Place
 
 ExecutorName = Literal["local", "ray", "slurm"]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How attempts train, by the options of the command line; no part of a trial.
+
+    pack: trials that are trained together. mesh: the devices of an attempt's process that share its trial, as of
+    ``genrec train``. remat: likewise. Raises UserError for what cannot be read, or does not go together.
+    """
+
+    pack: int = 1
+    mesh: str | None = None
+    remat: bool = False
+
+    def __post_init__(self) -> None:
+        if self.pack < 1:
+            raise UserError(f"--pack must be at least 1, not {self.pack}")
+        if self.mesh is not None:
+            from genrec_jax.distributed.mesh import parse_mesh
+
+            parse_mesh(self.mesh)
+            if self.pack > 1:
+                raise UserError("--mesh goes with --pack 1: a mesh is for a trial alone")
 
 
 @dataclass(frozen=True)
@@ -24,14 +48,15 @@ class Task:
     """
 
     trials: tuple[Trial, ...]
-    folders: tuple[Path, ...]
+    folders: tuple[Place, ...]
     trainer: str
     cwd: Path
+    how: Training = field(default_factory=Training)
     cpus: tuple[int, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> Place:
         """Of the first trial: what belongs to the attempt as a whole is there."""
         return self.folders[0]
 

@@ -1,26 +1,26 @@
-"""What executors on other machines have in common: the study's folder, on a file system that all of them share.
+"""What executors on other machines have in common: the study's folder, in a store or on a file system that all share.
 
 An attempt runs there as it would here (:class:`Host`, called by Ray or in a SLURM job). What it says goes through
 ``attempt.json`` in the trial's folder, which holds the latest; its last word is what Host returns.
 """
 
-import os
+import contextlib
 import socket
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from experiments.executors import Began, Ended, Progress, Task, Waiting, Word
 from experiments.executors.local import LocalExecutor
 from experiments.folder import read_record
+from genrec_jax.train.places import Place
 from genrec_jax.train.record import write_json
 
 GRACE = 60.0  # of an attempt that is stopped on another machine, where others wait for its place
 _TICK = 0.2
-# Often enough for a person, seldom enough for a file server with a hundred trials.
-_SECONDS_BETWEEN_REPORTS = 1.0
+# Often enough for a person, seldom enough for a file server with a hundred trials, and for one object of a store.
+_SECONDS_BETWEEN_REPORTS = 2.0
 
 
 class Host:
@@ -34,7 +34,8 @@ class Host:
         if not (task.folder / "config.json").is_file():
             here = socket.gethostname()
             return Ended(
-                f"{here} does not see {task.folder}: --out must be on a file system that all share", refused=True
+                f"{here} does not see {task.folder}: --out must be on a file system that all share, or in a store",
+                refused=True,
             )
         self._executor = LocalExecutor(workers=1)
         self._executor.open(1, task.trainer)
@@ -60,7 +61,7 @@ class Host:
 class _Report:
     """The words of an attempt, written for the launcher."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Place) -> None:
         self._path = folder / "attempt.json"
         self._record: dict[str, Any] = {"where": socket.gethostname(), "waiting": False, "progress": {}}
         self._written = -float("inf")
@@ -74,14 +75,15 @@ class _Report:
             self.write()
 
     def write(self) -> None:
-        write_json(self._path, self._record)
+        with contextlib.suppress(OSError):  # a launcher that knows less is better than an attempt that ends
+            write_json(self._path, self._record)
         self._written = time.monotonic()
 
 
 class _Reader:
     """What is new in an attempt's ``attempt.json``."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Place) -> None:
         self._path = folder / "attempt.json"
         self._seen: Mapping[str, Any] = {}
 
@@ -108,7 +110,7 @@ class SharedExecutor[Handle](ABC):
     def __init__(self, workers: int | None) -> None:
         self.workers = workers
         self._running: dict[str, tuple[Task, Handle, _Reader]] = {}
-        self._read = -float("inf")
+        self._next_reading = 0.0
 
     @abstractmethod
     def submit(self, task: Task) -> Handle:
@@ -136,13 +138,15 @@ class SharedExecutor[Handle](ABC):
     def listen(self, seconds: float) -> list[tuple[str, Word]]:
         ends = self.ends({key: attempt for key, (_, attempt, _) in self._running.items()}, seconds)
         words: list[tuple[str, Word]] = []
-        if time.monotonic() - self._read >= _SECONDS_BETWEEN_REPORTS:
-            self._read = time.monotonic()
+        began = time.monotonic()
+        if began >= self._next_reading:
             for key, (_, _, reader) in self._running.items():
                 words += [(key, word) for word in reader.words()]
+            took = time.monotonic() - began
+            self._next_reading = began + max(_SECONDS_BETWEEN_REPORTS, 10 * took)
         for key, end in ends.items():
             task, _, reader = self._running.pop(key)
-            os.listdir(task.folder)  # a network file system asks its server then what is there
+            list(task.folder.glob("*"))  # a network file system asks its server then what is there
             words += [(key, word) for word in reader.words()]
             words.append((key, end))
         return words

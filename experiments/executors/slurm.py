@@ -1,5 +1,7 @@
 """Attempts as SLURM jobs, submitted through submitit, whose files lie in the folder ``slurm`` of each trial.
 
+(Where that is in a store, they lie below the working directory, which the nodes must see.)
+
 A job that SLURM is about to end, because its time is up or another needs its place, writes a checkpoint and is queued
 again. A job outlives its launcher: the next one goes on with it.
 """
@@ -7,12 +9,14 @@ again. A job outlives its launcher: the next one goes on with it.
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.executors import Ended, ExecutorName, Task, missing
 from experiments.executors.shared import Host, SharedExecutor
 from experiments.folder import read_record
 from genrec_jax.errors import UserError
+from genrec_jax.train.places import jobs_of
 from genrec_jax.train.record import write_json
 
 if TYPE_CHECKING:
@@ -55,12 +59,12 @@ class SlurmExecutor(SharedExecutor["submitit.Job[Ended] | Ended"]):
         noted = read_record(task.folder / "slurm" / "job.json")
         if noted is None:
             return None
-        job: submitit.Job[Ended] = self._submitit.SlurmJob(task.folder / "slurm", noted["job"])
+        job: submitit.Job[Ended] = self._submitit.SlurmJob(Path(noted["folder"]), noted["job"])
         ended = job.paths.result_pickle.exists()  # before SLURM says so
         return job if not ended and job.get_info(mode="force").get("State") in _AHEAD else None
 
     def submit(self, task: Task) -> "submitit.Job[Ended] | Ended":
-        folder = task.folder / "slurm"
+        folder = jobs_of(task.folder, task.cwd)
         executor = self._submitit.AutoExecutor(folder, cluster="slurm")
         executor.update_parameters(name=f"genrec-{task.key}", **self._parameters)
         try:
@@ -71,7 +75,7 @@ class SlurmExecutor(SharedExecutor["submitit.Job[Ended] | Ended"]):
                 raise UserError(problem) from None
             return Ended(problem, lost=True)  # a limit, or a controller too busy: the other jobs go on
         self._accepted = True
-        write_json(folder / "job.json", {"job": job.job_id})
+        write_json(task.folder / "slurm" / "job.json", {"job": job.job_id, "folder": str(folder)})
         return job
 
     def ends(self, attempts: Mapping[str, "submitit.Job[Ended] | Ended"], seconds: float) -> dict[str, Ended]:

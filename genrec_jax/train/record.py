@@ -2,24 +2,18 @@
 
 import json
 import math
-import os
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from genrec_jax.train.places import Place, write_text
+
 _PACKAGES = ("jax", "flax", "optax", "numpy", "grain")
 
 
-def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Writes beside ``path`` and renames: readers see the old file or the new one."""
+def write_json(path: Place, record: dict[str, Any]) -> None:
+    """Readers see the old file or the new one."""
     write_text(path, json.dumps(record, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """As :func:`write_json`, for any text."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)
 
 
 def versions() -> dict[str, str]:
@@ -47,7 +41,7 @@ class MetricsLog:
         self._file.close()
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Place) -> list[dict[str, Any]]:
     """The records of a ``metrics.jsonl``; complete lines only: a kill may have cut the last one."""
     if not path.exists():
         return []

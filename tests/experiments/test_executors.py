@@ -17,20 +17,23 @@ import pytest
 from fake_trainer import TRAINER, alive, assert_sound, plan, read_journal, read_table, until
 
 from experiments.cli import main
-from experiments.executors import Executor, ExecutorConfig, make_executor
+from experiments.executors import Executor, ExecutorConfig, ExecutorName, make_executor
 from experiments.executors.local import LocalExecutor
 from experiments.folder import trial_folder
 from experiments.launch import run_study
 from experiments.study import PlannedTrial
 from genrec_jax.errors import UserError
+from genrec_jax.train.places import place
+from tests import bucket
 
 HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module", autouse=True)
-def importable() -> Iterator[None]:
-    """The fake trainer is there on every node and in every job."""
+def importable(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The fake trainer, and a bucket, are there on every node and in every job."""
     with pytest.MonkeyPatch.context() as patch:
+        bucket.use(tmp_path_factory.mktemp("t"), patch)
         patch.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parents[1]), str(HERE)]))
         yield
 
@@ -174,6 +177,27 @@ def test_slurm_comes_to_what_local_processes_do_through_preemption_and_the_loss_
     assert (asked["cpus-per-task"], asked["gpus-per-node"]) == ("3", "1")
 
 
+@pytest.mark.parametrize("name", ["ray", "slurm"])
+def test_a_study_in_a_store(
+    name: ExecutorName, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nodes and launcher have it in common, and no folder; SLURM's own files lie below the working directory."""
+    monkeypatch.chdir(tmp_path)
+    planned, out = plan(2), place(f"bucket://one/{name}")
+    address = request.getfixturevalue("nodes")[0] if name == "ray" else None
+    if name == "slurm":
+        request.getfixturevalue("slurm")
+    executor = make_executor(ExecutorConfig(name, address=address))
+    assert run_study(planned, out, executor=executor, quiet=True, trainer=TRAINER).done == 2
+    run_study(planned, tmp_path / "here", executor=LocalExecutor(2), quiet=True, trainer=TRAINER)
+    assert read_table(out) == read_table(tmp_path / "here")
+    for one in planned:
+        folder = trial_folder(out, one.trial.hash)
+        assert json.loads((folder / "attempt.json").read_text())["where"] == socket.gethostname()
+        assert [event for _, event in read_journal(folder)][-1] == "finish"
+        assert (folder / "slurm" / "job.json").is_file() == (name == "slurm")
+
+
 def launcher(out: Path) -> "subprocess.Popen[str]":
     script = [sys.executable, str(HERE / "launch_fake.py"), str(out), "1", "0", "slurm", "wait"]
     return subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -243,6 +267,8 @@ def test_options_that_do_not_go_together_are_one_sentence(capsys: pytest.Capture
         (["--workers", "0"], "--workers"),
         (["--executor", "ray", "--cpus", "0"], "--cpus"),
         (["--executor", "ray", "--gpus", "-1"], "--gpus"),
+        (["--mesh", "data=2", "--pack", "2"], "--mesh goes with --pack 1"),
+        (["--mesh", "rows=2"], "--mesh 'rows=2' is not of the form"),
     ):
         assert named in fails(capsys, *flags), flags
 

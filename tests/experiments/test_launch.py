@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from fake_trainer import TRAINER, plan, read_journal
 
-from experiments.executors import ExecutorConfig
+from experiments.executors import ExecutorConfig, Training
 from experiments.executors.local import LocalExecutor
 from experiments.folder import trial_folder
 from experiments.launch import ATTEMPTS, Summary, run_study
@@ -16,7 +16,7 @@ from genrec_jax.errors import UserError
 
 
 def launch(planned: list[PlannedTrial], out: Path, workers: int = 1, pack: int = 1) -> Summary:
-    return run_study(planned, out, executor=LocalExecutor(workers), quiet=True, pack=pack, trainer=TRAINER)
+    return run_study(planned, out, executor=LocalExecutor(workers), quiet=True, how=Training(pack), trainer=TRAINER)
 
 
 def seeds(count: int, **settings: Any) -> list[PlannedTrial]:

@@ -12,13 +12,18 @@ from fake_trainer import until
 
 from experiments import lease
 from experiments.lease import hold
+from genrec_jax.train import places
+from genrec_jax.train.places import Place, machine, place, write_text
+from tests import bucket
 
 HOLDER = """
-import sys, pathlib
+import sys
+import tests.bucket
 from experiments import lease
-lease.BEAT, lease.LEASE = 0.1, 2.0
-lease._machine = lambda: sys.argv[2]
-held = lease.hold(pathlib.Path(sys.argv[1]), wait=True)
+from genrec_jax.train import places
+lease.BEAT, lease.LEASE, places.SETTLE = 0.1, 2.0, 0.1
+places.machine = lease.machine = lambda _: sys.argv[2]
+held = lease.hold(places.place(sys.argv[1]), wait=True)
 print("held", flush=True)
 sys.stdin.read()
 held.close()
@@ -29,10 +34,19 @@ held.close()
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "BEAT", 0.1)
     monkeypatch.setattr(lease, "LEASE", 2.0)
-    monkeypatch.setattr(lease, "_SETTLE", 0.1)
+    monkeypatch.setattr(places, "SETTLE", 0.1)
 
 
-def holder(path: Path, machine: str) -> "subprocess.Popen[str]":
+@pytest.fixture(params=["folder", "store"])
+def path(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    """A lease in a folder, and in a store."""
+    if request.param == "folder":
+        return tmp_path / "lease"
+    bucket.use(tmp_path, monkeypatch)
+    return place("bucket://one/study/lease")
+
+
+def holder(path: Place, machine: str) -> "subprocess.Popen[str]":
     """A process that has the lease until its stdin is closed, on a machine of that name."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(path), machine], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -42,23 +56,22 @@ def holder(path: Path, machine: str) -> "subprocess.Popen[str]":
     return process
 
 
-def here() -> str:
-    return lease._machine()
+def here(path: Place) -> str:
+    return machine(path)
 
 
-def test_given_back_and_taken_again(tmp_path: Path) -> None:
+def test_given_back_and_taken_again(path: Place) -> None:
     for _ in range(2):
-        held = hold(tmp_path / "lease", wait=False)
+        held = hold(path, wait=False)
         assert held is not None
-        assert (tmp_path / "lease").exists()
+        assert path.exists()
         held.close()
-        assert not (tmp_path / "lease").exists()
+        assert not path.exists()
 
 
 @pytest.mark.parametrize("machine", ["here", "elsewhere"])
-def test_a_living_holder_keeps_it(tmp_path: Path, machine: str) -> None:
-    path = tmp_path / "lease"
-    with holder(path, here() if machine == "here" else machine) as other:
+def test_a_living_holder_keeps_it(path: Place, machine: str) -> None:
+    with holder(path, here(path) if machine == "here" else machine) as other:
         assert hold(path, wait=False) is None
         threading.Timer(2.5, other.stdin.close).start()  # type: ignore[union-attr]
         with hold(path, wait=True) as held:  # type: ignore[union-attr]
@@ -66,9 +79,8 @@ def test_a_living_holder_keeps_it(tmp_path: Path, machine: str) -> None:
             assert other.wait(10) == 0
 
 
-def test_the_dead_of_this_machine_are_known_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "lease"
-    with holder(path, here()) as other:
+def test_the_dead_of_this_machine_are_known_at_once(path: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    with holder(path, here(path)) as other:
         other.kill()
     monkeypatch.setattr(lease, "LEASE", 1000.0)
     held = hold(path, wait=False)
@@ -76,8 +88,7 @@ def test_the_dead_of_this_machine_are_known_at_once(tmp_path: Path, monkeypatch:
     held.close()
 
 
-def test_a_lost_machine_keeps_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "lease"
+def test_a_lost_machine_keeps_nothing(path: Place) -> None:
     with holder(path, "elsewhere") as other:
         other.kill()
     began = time.monotonic()
@@ -87,18 +98,16 @@ def test_a_lost_machine_keeps_nothing(tmp_path: Path) -> None:
     held.close()
 
 
-def test_who_comes_back_too_late_ends(tmp_path: Path) -> None:
+def test_who_comes_back_too_late_ends(path: Place) -> None:
     """A machine that was cut off for a while must not go on beside its successor."""
-    path = tmp_path / "lease"
     with holder(path, "elsewhere") as other:
-        lease._write(path, "another successor")
+        write_text(path, "another successor")
         assert other.wait(10) == os.EX_TEMPFAIL
-    assert path.read_text(encoding="ascii") == "another successor"
+    assert path.read_text() == "another successor"
 
 
-def test_of_two_who_wait_for_a_lost_machine_one_gets_it(tmp_path: Path) -> None:
-    path = tmp_path / "lease"
-    path.write_text("lost 0", encoding="ascii")
+def test_of_two_who_wait_for_a_lost_machine_one_gets_it(path: Place) -> None:
+    write_text(path, "lost 0")
     others = [
         subprocess.Popen(
             [sys.executable, "-c", HOLDER, str(path), name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

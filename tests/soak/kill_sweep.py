@@ -1,10 +1,11 @@
 """Kills a real sweep five times and holds its results table against that of a sweep left alone.
 
-    python -m tests.soak.kill_sweep [SEED]
+    python -m tests.soak.kill_sweep [SEED [URL]]
 
 Runs the quickstart study on the tiny synthetic world twice with two workers: once undisturbed, once with ``kill -9`` of
 the launcher or of a worker at random moments, five times, starting the same command again whenever the launcher died.
 Prints every kill, then whether the tables agree in every column that is not a time, and how often each trial finished.
+With a URL the sweep that is killed has its folder there, in a store (it must be empty).
 Takes about three minutes on two cores; too long for the suite, which kills a fake trainer instead (test_kill.py).
 """
 
@@ -18,6 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from genrec_jax.train.places import Place, place
+
 TIMES = {
     "train_seconds",
     "compile_seconds",
@@ -28,7 +31,7 @@ TIMES = {
 }
 
 
-def sweep(data: Path, out: Path) -> subprocess.Popen:
+def sweep(data: Path, out: Place) -> subprocess.Popen:
     """Starts the launcher in a process group of its own."""
     command = [sys.executable, "-m", "experiments.quickstart", "--data", str(data), "--workers", "2", "--quiet"]
     return subprocess.Popen([*command, "--out", str(out)], stdout=subprocess.DEVNULL, start_new_session=True)
@@ -52,7 +55,7 @@ def _children(pid: int) -> list[int]:
         return []
 
 
-def disturbed(data: Path, out: Path, rng: random.Random, kills: int = 5) -> None:
+def disturbed(data: Path, out: Place, rng: random.Random, kills: int = 5) -> None:
     """Runs the sweep to its end through ``kills`` kills."""
     launcher = sweep(data, out)
     for turn in range(kills):
@@ -75,20 +78,21 @@ def disturbed(data: Path, out: Path, rng: random.Random, kills: int = 5) -> None
         launcher.wait()
 
 
-def finished(out: Path) -> int:
+def finished(out: Place) -> int:
     return len(list(out.glob("trials/*/result.json")))
 
 
-def table(out: Path) -> dict[str, dict[str, str]]:
+def table(out: Place) -> dict[str, dict[str, str]]:
     """Rows of results.csv by trial, without the columns that measure time."""
-    with (out / "results.csv").open(encoding="utf-8", newline="") as file:
-        return {row["trial"]: {k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)}
+    rows = csv.DictReader((out / "results.csv").read_text(encoding="utf-8").splitlines())
+    return {row["trial"]: {k: v for k, v in row.items() if k not in TIMES} for row in rows}
 
 
 def main() -> int:
     rng = random.Random(int(sys.argv[1]) if len(sys.argv) > 1 else 0)
     with tempfile.TemporaryDirectory() as scratch:
-        data, quiet, killed = (Path(scratch) / name for name in ("world", "undisturbed", "killed"))
+        data, quiet = (Path(scratch) / name for name in ("world", "undisturbed"))
+        killed = place(sys.argv[2]) if len(sys.argv) > 2 else Path(scratch) / "killed"
         make_world(data)
         sweep(data, quiet).wait()
         before = table(quiet)
