@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from scaling.family import FamilyResult
-from scaling.joint import Joint
+from scaling.joint.section import Joint
 from scaling.metrics import metric_name
 from scaling.page import esc, theme_colour
 from scaling.panel import Panel

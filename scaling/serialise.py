@@ -9,7 +9,7 @@ from scaling.bootstrap import Bootstrap
 from scaling.family import FamilyResult
 from scaling.fit import CurveFit, Warn
 from scaling.frontier import Comparison
-from scaling.joint import Joint
+from scaling.joint.section import Joint
 from scaling.laws import EQUATIONS, ESTIMATORS
 from scaling.metrics import higher_is_better
 from scaling.panel import Panel
