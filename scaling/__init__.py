@@ -1,7 +1,9 @@
 """Scaling laws from a results table: fits with intervals, figures and one self-contained report."""
 
 from scaling.command import fit_command, report_command
-from scaling.nd import NDFit, bootstrap_nd, fit_nd, intervals_nd
+from scaling.joint.allocate import allocate
+from scaling.joint.fit import JointFit, fit_joint
+from scaling.joint.uncertainty import JointDraws, resample
 from scaling.plots import Reference
 from scaling.report import write_report
 from scaling.study import Analysis, analyse
@@ -10,17 +12,18 @@ from scaling.truth import held_against_truth
 
 __all__ = [
     "Analysis",
-    "NDFit",
+    "JointDraws",
+    "JointFit",
     "Reference",
     "Table",
     "TableError",
+    "allocate",
     "analyse",
-    "bootstrap_nd",
     "fit_command",
-    "fit_nd",
+    "fit_joint",
     "held_against_truth",
-    "intervals_nd",
     "read_table",
     "report_command",
+    "resample",
     "write_report",
 ]

@@ -62,7 +62,7 @@ class Bootstrap:
         values = self.draws.at(x)
         # Student's t, not the residuals themselves: a handful of residuals never shows the tail of a new run.
         noise = self.noise * np.random.default_rng([self.seed, 1]).standard_t(self.freedom, size=values.shape)
-        if self.draws.form == "power":
+        if self.draws.form in laws.LOGARITHMIC:
             return _limits(values * np.exp(noise))
         return _limits(values + noise)
 
@@ -101,11 +101,11 @@ def _limits(values: FloatArray) -> tuple[FloatArray, FloatArray]:
 
 def _link(form: str, y: FloatArray) -> FloatArray:
     """The scale on which the form's residuals are additive."""
-    return np.log(y) if form == "power" else y
+    return np.log(y) if form in laws.LOGARITHMIC else y
 
 
 def _unlink(form: str, z: FloatArray) -> FloatArray:
-    return np.exp(z) if form == "power" else z
+    return np.exp(z) if form in laws.LOGARITHMIC else z
 
 
 def _correction(points: Points, fit: CurveFit) -> FloatArray:

@@ -41,11 +41,12 @@ def card_html(family: FamilyResult, panel: Panel, colour: str) -> str:
 
 
 def _joint_html(joint: Joint, metric: str) -> str:
-    """The law in parameters and targets in one line, with what is wrong with it."""
-    values = "; ".join(
-        f"{name} = {number(joint.fit.params[name], 3)} {interval_text(joint.intervals[name], 3)}"
-        for name in ("E", "A", "alpha", "B", "beta")
-    )
-    cautions = "".join(f" ({warn.text})" for warn in joint.fit.warnings)
-    law = f"{metric} = E + A·N^−alpha + B·D^−beta"
-    return f"<p>In parameters N and targets D: <code>{esc(law)}</code>, 95 %: {esc(values + cautions)}</p>"
+    """The law in several variables in one line, with what is wrong with it."""
+    fit, intervals = joint.fit, joint.draws.intervals()
+    values = "; ".join(f"{name} = {number(v, 3)} {interval_text(intervals[name], 3)}" for name, v in fit.params.items())
+    cautions = "".join(f" ({warn.text})" for warn in fit.warnings)
+    law = f"{metric} = E + " + " + ".join(f"{t.coefficient}·{t.variable.upper()}^−{t.exponent}" for t in fit.law.terms[:-1])
+    variables = {"n": "parameters N", "d": "targets D", "h": "history length H"}
+    named = [variables[name] for name in fit.law.variables]
+    named = f"{', '.join(named[:-1])} and {named[-1]}"
+    return f"<p>In {named}: <code>{esc(law)}</code>, 95 %: {esc(values + cautions)}</p>"

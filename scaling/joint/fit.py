@@ -85,7 +85,7 @@ def fit_joint(law: str | Law, data: Data, y: FloatArray, estimator: str | Estima
     ends = minimise(model, y, starts(model, y, estimator), estimator, widest=1.0 if estimator.log else float(y.max()))
     totals = estimator.total(_residuals(model, y, ends, estimator))
     best = int(np.argmin(totals))
-    share = float(np.mean(totals <= totals[best] * (1 + 1e-4) + 1e-300))
+    share = float(np.mean(totals <= totals[best] * (1 + 1e-4) + 1e-18 * len(y)))
     return result(model, data, y, ends[best], estimator, share)
 
 
