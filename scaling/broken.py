@@ -1,8 +1,8 @@
 """The power law with one smooth break (Caballero et al. 2023): y = a x^-b (1 + (x / d)^(1 / f))^(-c f).
 
-Left of the break d it falls as x^-b, right of it as x^-(b + c); f says how wide the bend is, in units of ln x. With u the
-centred ln x it is linear in three of its five parameters, ln y = p - b u - c g(u) and g = f softplus((u - m) / f), which are
-solved exactly on a grid of the other two.
+Left of the break d it falls as x^-b, right of it as x^-(b + c); f says how wide the bend is, in units of ln x. With u
+the centred ln x it is linear in three of its five parameters, ln y = p - b u - c g(u) with g = f softplus((u - m) / f),
+which are solved exactly on a grid of the other two.
 """
 
 from __future__ import annotations
@@ -52,9 +52,7 @@ def solve_broken(u: FloatArray, z: FloatArray, w: FloatArray) -> dict[str, Float
     return {"p": found[:, 0], "b": -found[:, 1], "c": -found[:, 2], "m": best[0], "f": best[1]}
 
 
-def _solved(
-    u: FloatArray, z: FloatArray, w: FloatArray, m: FloatArray, f: FloatArray
-) -> tuple[FloatArray, FloatArray]:
+def _solved(u: FloatArray, z: FloatArray, w: FloatArray, m: FloatArray, f: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Coefficients (R, M, F, 3) of (1, u, g) at every place and width, and the sums of squares left (R, M, F)."""
     rows = max(1, _BLOCK // (m.shape[1] * f.shape[1] * len(u)))
     if len(z) > rows:

@@ -45,8 +45,10 @@ def _joint_html(joint: Joint, metric: str) -> str:
     fit, intervals = joint.fit, joint.draws.intervals()
     values = "; ".join(f"{name} = {number(v, 3)} {interval_text(intervals[name], 3)}" for name, v in fit.params.items())
     cautions = "".join(f" ({warn.text})" for warn in fit.warnings)
-    law = f"{metric} = E + " + " + ".join(f"{t.coefficient}·{t.variable.upper()}^−{t.exponent}" for t in fit.law.terms[:-1])
+    law = f"{metric} = E + " + " + ".join(
+        f"{t.coefficient}·{t.variable.upper()}^−{t.exponent}" for t in fit.law.terms[:-1]
+    )
     variables = {"n": "parameters N", "d": "targets D", "h": "history length H"}
-    named = [variables[name] for name in fit.law.variables]
-    named = f"{', '.join(named[:-1])} and {named[-1]}"
+    *most, last = (variables[name] for name in fit.law.variables)
+    named = f"{', '.join(most)} and {last}"
     return f"<p>In {named}: <code>{esc(law)}</code>, 95 %: {esc(values + cautions)}</p>"

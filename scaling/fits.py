@@ -18,7 +18,7 @@ from scaling.joint.uncertainty import JointDraws, Method, resample
 from scaling.laws import EQUATIONS
 from scaling.metrics import higher_is_better
 from scaling.serialise import curve_to_json, joint_to_json, numbers, pair_of, warnings_of
-from scaling.table import BoolArray, FloatArray, Table, TableError
+from scaling.table import BoolArray, Table, TableError
 from scaling.trials import configurations, done
 
 ESTIMATED = ("curve", *LAWS, "isoflop", "envelope")
@@ -27,9 +27,9 @@ _ONE_PASS = frozenset({"chinchilla", "gadre", "history"})
 
 @dataclass(frozen=True)
 class Columns:
-    """The table's columns: y the loss or metric, x what a curve is against, n parameters, d targets trained on, h history
-    length, u the targets that differ, compute FLOPs, run what a checkpoint is of, budget of IsoFLOP, cluster the unit
-    of resampling ("" for none of these three), group what tells curves apart."""
+    """The table's columns: y the loss or metric, x what a curve is against, n parameters, d targets trained on, h
+    history length, u the targets that differ, compute FLOPs, run what a checkpoint is of; and, "" for none, budget of
+    IsoFLOP, cluster the unit of resampling, group what tells curves apart."""
 
     y: str
     x: str = "train_flops"
@@ -173,7 +173,8 @@ def _rejected(points: Points, fits: Mapping[str, CurveFit], form: str) -> list[W
             continue
         errors = shared_held_out({form: fits[form], name: fit})
         if fit.aicc > fits[form].aicc + 10 and errors[name] > 2 * errors[form]:
-            text = f"{name} is rejected: held-out error {errors[name]:.3g} % against {errors[form]:.3g} %, AICc {fit.aicc - fits[form].aicc:.0f} higher"
+            apart = f"AICc {fit.aicc - fits[form].aicc:.0f} higher"
+            text = f"{name} is rejected: held-out error {errors[name]:.3g} % against {errors[form]:.3g} %, {apart}"
             found.append(Warn("form_rejected", text))
     return found
 

@@ -93,7 +93,7 @@ class Curves:
         return np.where(np.isfinite(u), u + np.log(self.x0), np.where(np.isnan(u), np.nan, np.inf))
 
     def _searched(self, z: FloatArray) -> FloatArray:
-        """As `inverse`, of ln y = z, by bisection; NaN for curves that rise on one side of the break and fall on the other."""
+        """As `inverse`, of ln y = z, by bisection; NaN for curves that turn round at the break."""
         reach = np.full((len(self), len(z)), 60.0)
         low, high = -reach, reach.copy()
         rising = np.where(self.q - self.breaks["c"] == 0, self.q, self.q - self.breaks["c"])

@@ -109,7 +109,8 @@ def _advice(
     if not lawful.predictions:
         return None
     (said,) = lawful.predictions
-    sizes = {column: (value, None) for column, value in _trends(family, budget, tuple(COLUMNS.values())).items()}
+    sizes: dict[str, tuple[float, Interval | None]] = {}
+    sizes |= {column: (value, None) for column, value in _trends(family, budget, tuple(COLUMNS.values())).items()}
     return Advice(
         study=study,
         dataset=dataset,
@@ -129,7 +130,7 @@ def _by_joint_law(study: str, dataset: str, family: FamilyResult, joint: Joint, 
     data = {name: _means(family, COLUMNS[name]) for name in joint.fit.law.variables}
     cost = fit_cost(data, compute)
     plan = allocate(joint.fit, [budget], cost=cost, draws=joint.draws)
-    sizes = {
+    sizes: dict[str, tuple[float, Interval | None]] = {
         COLUMNS[name]: (float(plan.best[name][0]), (float(plan.limits[name][0][0]), float(plan.limits[name][1][0])))
         for name in joint.fit.law.variables
     }
@@ -137,10 +138,11 @@ def _by_joint_law(study: str, dataset: str, family: FamilyResult, joint: Joint, 
     if cost.misfit > _CLOSE:
         text = f"sizes explain what a run costs to {np.expm1(cost.misfit):.0%} only ({cost.equation})"
         warnings.append(Warn("rough_cost", text))
-    outside = [name for name, values in data.items() if not _inside(float(plan.best[name][0]), values)]
-    for name in outside:
-        text = f"{COLUMNS[name]} {plan.best[name][0]:.3g} is far outside those trained ({data[name].min():.3g} to {data[name].max():.3g})"
-        warnings.append(Warn("far_extrapolation", text))
+    for name, values in data.items():
+        if not _inside(float(plan.best[name][0]), values):
+            trained = f"those trained ({values.min():.3g} to {values.max():.3g})"
+            text = f"{COLUMNS[name]} {plan.best[name][0]:.3g} is far outside {trained}"
+            warnings.append(Warn("far_extrapolation", text))
     assert plan.one_run is not None
     return Advice(
         study=study,
@@ -157,7 +159,7 @@ def _by_joint_law(study: str, dataset: str, family: FamilyResult, joint: Joint, 
 
 
 def _inside(value: float, values: FloatArray) -> bool:
-    return values.min() / MAX_EXTRAPOLATION <= value <= values.max() * MAX_EXTRAPOLATION
+    return bool(values.min() / MAX_EXTRAPOLATION <= value <= values.max() * MAX_EXTRAPOLATION)
 
 
 def _means(family: FamilyResult, column: str) -> FloatArray:
@@ -183,9 +185,15 @@ def _trends(family: FamilyResult, budget: float, columns: Sequence[str]) -> dict
     """What the family's best configurations (no other is better with as little compute) tend to at a budget: a straight
     line of each logarithm in that of compute; nothing of columns that do not vary with fewer than three of them."""
     points: Points = family.points
-    falls = family.fit is not None and float(family.fit.at([points.x.max()])[0]) < float(family.fit.at([points.x.min()])[0])
+    falls = family.fit is not None and float(family.fit.at([points.x.max()])[0]) < float(
+        family.fit.at([points.x.min()])[0]
+    )
     keep = np.flatnonzero(pareto(points.x, points.mean, rising=not falls))
-    return {c: v for c in columns if family.table.has(c) and (v := _line_at(points.x[keep], _means(family, c)[keep], budget))}
+    return {
+        c: v
+        for c in columns
+        if family.table.has(c) and (v := _line_at(points.x[keep], _means(family, c)[keep], budget))
+    }
 
 
 def _shape(family: FamilyResult, params: float) -> dict[str, float]:

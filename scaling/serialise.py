@@ -71,7 +71,9 @@ def _family(family: FamilyResult) -> dict[str, object]:
         ],
         "form": family.chosen,
         "bootstrap": family.boot.description if family.boot else None,
-        "change_per_decade": ({"value": family.slope[0], "interval": pair_of(family.slope[1])} if family.slope else None),
+        "change_per_decade": (
+            {"value": family.slope[0], "interval": pair_of(family.slope[1])} if family.slope else None
+        ),
         "fits": {form: curve_to_json(fit, family.boots[form]) for form, fit in family.fits.items()},
         "predictions": [
             {

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
+IntArray = NDArray[np.integer]
 
 # Columns that must hold numbers when they are present: a word in one of them is refused when the table is read.
 NUMERIC = frozenset(

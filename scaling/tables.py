@@ -16,7 +16,12 @@ from scaling.table import Table, TableError, parse_number
 from scaling.truth import Verdict
 
 _IDENTIFIERS = frozenset({"trial", "study", "family", "label", "dataset", "eval_set"})
-_FORM_NAMES = {"loglin": "log-linear", "power": "power law", "power_const": "power law + constant", "broken": "broken power law"}
+_FORM_NAMES = {
+    "loglin": "log-linear",
+    "power": "power law",
+    "power_const": "power law + constant",
+    "broken": "broken power law",
+}
 
 
 def fits_table(panels: Sequence[Panel]) -> str:

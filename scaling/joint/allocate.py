@@ -1,7 +1,7 @@
 """How a law spends compute best: N*, D* and H* at a budget, with bands from the law's draws.
 
-A run costs C = k N^p D^q H^s FLOPs. Where each term of a law has one variable, x^-e with coefficient c, the least loss at
-a budget has e c x^-e / p alike for all of them (Lagrange), which solves in closed form: x* = (c e / (lambda p))^(1/e).
+A run costs C = k N^p D^q H^s FLOPs. Where each term of a law has one variable, x^-e with coefficient c, the least loss
+at a budget has e c x^-e / p alike for all of them (Lagrange), in closed form: x* = (c e / (lambda p))^(1/e).
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def allocate(
         one_run = draws.prediction(at | ({"u": np.full(len(budgets), unique)} if unique else {}))
     spent = cost.at(fit.data)
     far = max(float(budgets.max() / spent.max()), float(spent.min() / budgets.min()))
-    warnings = ()
+    warnings: tuple[Warn, ...] = ()
     if far > MAX_EXTRAPOLATION:
         warnings = (Warn("far_extrapolation", f"a budget is {far:.0f}x outside the compute of the runs"),)
     return Allocation(budgets, own, loss[0], limits, one_run, warnings)
@@ -128,7 +128,9 @@ def _best(
         if unique is None:
             raise TableError(f"the law {fit.law.name} needs the number of targets that differ to spend a budget")
         return _searched(fit, theta, budgets, cost, unique)
-    log_scale = {t.variable: np.log(natural[t.coefficient] * natural[t.exponent] / cost.powers[t.variable]) for t in free}
+    log_scale = {
+        t.variable: np.log(natural[t.coefficient] * natural[t.exponent] / cost.powers[t.variable]) for t in free
+    }
     stiffness = {t.variable: cost.powers[t.variable] / natural[t.exponent] for t in free}
     total = sum(stiffness[name] * log_scale[name] for name in stiffness)
     log_lambda = (total - np.log(budgets / cost.factor)[None, :]) / sum(stiffness.values())

@@ -1,7 +1,7 @@
-"""Chinchilla's approach 1: the least loss over all training curves at each compute, and the size of the run that has it.
+"""Chinchilla's approach 1: the least loss over all training curves at each compute, and the size of its run.
 
-Curves must come from a learning rate that suits their every point (a constant one, or one that ends there): in the middle
-of a decay a run is worse than one that ended there. N* is one of the sizes trained, no size between.
+Curves must come from a learning rate that suits their every point (a constant one, or one that ends there): in the
+middle of a decay a run is worse than one that ended there. N* is one of the sizes trained, no size between.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from scaling.fit import Warn
 from scaling.joint.isoflop import Power
-from scaling.table import FloatArray, TableError
+from scaling.table import FloatArray, IntArray, TableError
 
 _COLUMNS = 1500  # values of C, as in Hoffmann et al. 2022
 
@@ -51,8 +51,8 @@ def envelope(
     Raises:
         TableError: fewer than three sizes have a curve of two points, or none of two sizes is ever best.
     """
-    curves = [_curve(np.flatnonzero(np.asarray(run) == one), n, compute, y) for one in dict.fromkeys(run)]
-    curves = [curve for curve in curves if curve is not None]
+    rows = [np.flatnonzero(np.asarray(run) == one) for one in dict.fromkeys(run)]
+    curves = [_curve(own, n, compute, y) for own in rows if len(own) > 1]
     if len({size for size, _, _ in curves}) < 3:
         raise TableError("an envelope needs training curves (two points or more) of at least three sizes")
     low, high = min(c[0] for _, c, _ in curves), max(c[-1] for _, c, _ in curves)
@@ -63,7 +63,7 @@ def envelope(
     if found is None:
         raise TableError("one size is best at every compute: an envelope needs at least two")
     rng = np.random.default_rng([seed, 0])
-    drawn = []
+    drawn: list[tuple[float, float]] = []
     while len(drawn) < n_boot:
         pick = rng.integers(len(curves), size=len(curves))
         one = _fit(at, losses[pick], sizes[pick])
@@ -84,21 +84,24 @@ def envelope(
     )
 
 
-def _curve(
-    rows: FloatArray, n: FloatArray, compute: FloatArray, y: FloatArray
-) -> tuple[float, FloatArray, FloatArray] | None:
-    """A run's size, ln C and the least loss so far at each of its points; None for one without a curve."""
+def _curve(rows: IntArray, n: FloatArray, compute: FloatArray, y: FloatArray) -> tuple[float, FloatArray, FloatArray]:
+    """A run's size, ln C and the least loss so far at each of its points."""
     rows = rows[np.argsort(compute[rows])]
-    if len(rows) < 2:
-        return None
     return float(n[rows[0]]), np.log(compute[rows]), np.minimum.accumulate(y[rows])
 
 
-def _fit(at: FloatArray, losses: FloatArray, sizes: FloatArray) -> tuple[float, float, FloatArray] | None:
-    """Slope and level of ln N* against ln C, and the best run at each; None where one size is always best."""
+def _fit(at: FloatArray, losses: FloatArray, sizes: FloatArray) -> tuple[float, float, IntArray] | None:
+    """Slope and level of ln N* against ln C, and the best run at each; None where one size is always best.
+
+    The smallest and the largest size are best below and above what they should be, as there is no other: they are left
+    out where that leaves three.
+    """
     best = np.argmin(losses, axis=0)
     where = np.isfinite(losses[best, np.arange(len(at))])
     x, z = at[where], sizes[best[where]]
+    within = (z > z.min()) & (z < z.max())
+    if len(np.unique(z[within])) >= 3:
+        x, z = x[within], z[within]
     if len(np.unique(z)) < 2:
         return None
     slope, level = np.polyfit(x, z, 1)

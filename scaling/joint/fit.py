@@ -24,7 +24,8 @@ class JointFit:
     """A law fitted to n runs.
 
     params: at full precision, as the equation has them. objective: summed over runs, see `Estimator`. share: of the
-    starts that ended within 0.01 % of the best objective. gradient: the largest component of that of ln objective, NaN for absolute errors.
+    starts that ended within 0.01 % of the best objective. gradient: the largest component of that of ln objective,
+    NaN for absolute errors.
     condition: of the residuals' derivatives by theta, columns of unit length. residuals (n,): fit minus ln y or y.
     """
 
@@ -89,9 +90,7 @@ def fit_joint(law: str | Law, data: Data, y: FloatArray, estimator: str | Estima
     return result(model, data, y, ends[best], estimator, share)
 
 
-def result(
-    model: Model, data: Data, y: FloatArray, theta: FloatArray, estimator: Estimator, share: float
-) -> JointFit:
+def result(model: Model, data: Data, y: FloatArray, theta: FloatArray, estimator: Estimator, share: float) -> JointFit:
     """What is to be told of a minimum."""
     residuals = _residuals(model, y, theta[None], estimator)[0]
     slopes = _slopes(model, theta, estimator)
@@ -135,7 +134,9 @@ def starts(model: Model, y: FloatArray, estimator: Estimator) -> FloatArray:
     projection, Golub and Pereyra 1973)."""
     law = model.law
     grid = np.geomspace(0.03, 2.0, _GRID[len(law.exponents)])
-    exponents = np.stack(np.meshgrid(*[grid] * len(law.exponents), indexing="ij"), axis=-1).reshape(-1, len(law.exponents))
+    exponents = np.stack(np.meshgrid(*[grid] * len(law.exponents), indexing="ij"), axis=-1).reshape(
+        -1, len(law.exponents)
+    )
     theta = np.zeros((len(exponents), len(law.params)))
     first = len(law.coefficients)
     theta[:, first : first + len(law.exponents)] = exponents
@@ -196,7 +197,8 @@ def _cautions(model: Model, data: Data, y: FloatArray, theta: FloatArray, condit
             together = abs(np.corrcoef(model.logs[first], model.logs[second])[0, 1])
             if together > _CORRELATION:
                 names = f"{_LABELS[first]} and {_LABELS[second]}"
-                text = f"{names} vary together (correlation of their logarithms {together:.4f}): their terms cannot be told apart"
+                how = f"{names} vary together (correlation of their logarithms {together:.4f})"
+                text = f"{how}: their terms cannot be told apart"
                 found.append(Warn("degenerate_design", text))
     smallest = 1e-4 * float(y.min())
     for name, value in zip(law.coefficients, theta):

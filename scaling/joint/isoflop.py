@@ -1,8 +1,8 @@
-"""Chinchilla's approach 2: at each compute budget a parabola of the loss in ln N, its vertex, and the law of the vertices.
+"""Chinchilla's approach 2: at each compute budget a parabola of the loss in ln N, and the law of the vertices.
 
-The exponent is right, but N* is biased where alpha and beta differ, by some per cent over a grid of +-4x, more over wider
-ones, since a valley of two different powers is no parabola. Budgets whose parabola has no minimum inside the sizes
-that were trained are refused, and said to be.
+The exponent is right, but N* is biased where alpha and beta differ, by some per cent over a grid of +-4x, more over
+wider ones, since a valley of two different powers is no parabola. Budgets whose parabola has no minimum inside the
+sizes that were trained are refused, and said to be.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from scaling.bootstrap import WEBB, interval
+from scaling.bootstrap import interval
 from scaling.fit import Warn
+from scaling.joint.uncertainty import WEBB
 from scaling.table import FloatArray, TableError
 
 _POINTS = 5

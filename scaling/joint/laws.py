@@ -1,7 +1,7 @@
-"""The joint laws as sums of positive terms, ln y = ln sum_k exp(z_k), with z_k affine in the law's parameters or nearly so.
+"""The joint laws as sums of positive terms, ln y = ln sum_k exp(z_k), with z_k affine in the parameters or nearly so.
 
     chinchilla        y = E + A N^-alpha + B D^-beta                       Hoffmann et al. 2022
-    gadre             y = E + (a M^eta + b M^-eta) C^-eta, M = D/N, C = 6ND  Gadre et al. 2024; alpha = beta = 2 eta above
+    gadre             y = E + (a M^eta + b M^-eta) C^-eta, M = D / N       Gadre et al. 2024: alpha = beta = 2 eta above
     history           y = E + A N^-alpha + B D^-beta + G H^-gamma          a third axis, the history's length
     data_constrained  chinchilla in N' and D', which repeated data saturate  Muennighoff et al. 2023
 
@@ -163,7 +163,7 @@ class Model:
 
 
 def repeated(natural: Mapping[str, FloatArray], logs: Data) -> tuple[FloatArray, FloatArray]:
-    """ln N' and ln D' (R, n): what N parameters and D targets of which U differ are worth (Muennighoff et al. 2023, eq. 5).
+    """ln N' and ln D' (R, n): what N parameters and D targets of which U differ are worth (Muennighoff et al. 2023).
 
     Of parameters, as many are worth their number as the law finds optimal for U targets; the others, and repeated
     targets, count for less and less, with R_N and R_D as the scales of decay.
@@ -172,7 +172,9 @@ def repeated(natural: Mapping[str, FloatArray], logs: Data) -> tuple[FloatArray,
     alpha, beta, a, b = (natural[name][:, None] for name in ("alpha", "beta", "A", "B"))
     # Optimal is where both terms fall alike: alpha A N^-alpha = beta B D^-beta.
     optimal = (np.log(alpha * a) - np.log(beta * b) + beta * u) / alpha
-    return _worth(n, np.minimum(optimal, n), natural["R_N"][:, None]), _worth(d, np.minimum(u, d), natural["R_D"][:, None])
+    return _worth(n, np.minimum(optimal, n), natural["R_N"][:, None]), _worth(
+        d, np.minimum(u, d), natural["R_D"][:, None]
+    )
 
 
 def _worth(whole: FloatArray, once: FloatArray, scale: FloatArray) -> FloatArray:

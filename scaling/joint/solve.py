@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from scaling.joint.laws import Model
-from scaling.table import FloatArray
+from scaling.table import FloatArray, IntArray
 
 Loss = Literal["huber", "lad", "lsq"]
 _STEPS = 200
@@ -37,7 +37,9 @@ class Estimator:
     @property
     def described(self) -> str:
         """For reports."""
-        loss = {"huber": f"Huber loss, delta {self.delta:g}", "lad": "absolute error", "lsq": "squared error"}[self.loss]
+        loss = {"huber": f"Huber loss, delta {self.delta:g}", "lad": "absolute error", "lsq": "squared error"}[
+            self.loss
+        ]
         return f"{loss}, of {'the logarithm of y' if self.log else 'y'}, summed over runs"
 
     def total(self, residuals: FloatArray, weights: FloatArray | float = 1.0) -> FloatArray:
@@ -109,7 +111,7 @@ class _Problem:
     def __init__(self, model: Model, y: FloatArray, w: FloatArray, log: bool) -> None:
         self.model, self.y, self.w, self.log = model, y, w, log
 
-    def rows(self, which: FloatArray) -> _Problem:
+    def rows(self, which: IntArray) -> _Problem:
         return _Problem(self.model, self.y[which], self.w[which], self.log)
 
     def residuals(self, theta: FloatArray) -> FloatArray:

@@ -184,7 +184,7 @@ def test_the_joint_law_is_fitted_where_both_sizes_vary(tmp_path: Path) -> None:
     assert joint is not None
     assert joint.fit.params["E"] == pytest.approx(0.75, abs=1e-3)
     assert joint.fit.params["beta"] == pytest.approx(0.45, abs=1e-2)
-    assert joint.intervals["E"][0] <= joint.fit.E + 1e-6
+    assert joint.draws.intervals()["E"][0] <= joint.fit.params["E"] + 1e-6
     assert "In parameters N and targets D" in (tmp_path / "r.html").read_text(encoding="utf-8")
     assert '"share_of_starts"' in json.dumps(analysis.to_json(), allow_nan=False)
     for rows in (grid_rows()[:7], grid_rows(targets=1e5), [{**r, "targets": r["dense_params"]} for r in grid_rows()]):
