@@ -34,7 +34,7 @@ JOINT: dict[str, dict[str, float]] = {
     "history": {"A": 400.0, "B": 1200.0, "G": 0.8, "E": 1.7, "alpha": 0.34, "beta": 0.33, "gamma": 0.5},
     "data_constrained": {"A": 400.0, "B": 1200.0, "E": 1.7, "alpha": 0.34, "beta": 0.33, "R_N": 5.3, "R_D": 15.4},
 }
-CURVE_RUNS, JOINT_RUNS, NOISES = (6, 10, 20), (16, 36, 100), (0.001, 0.01)
+CURVE_RUNS, JOINT_RUNS, NOISES = (6, 12, 24), (16, 36, 100), (0.001, 0.01)
 Held = dict[str, bool]
 
 
@@ -115,7 +115,7 @@ def cells(studies: int, n_boot: int, seed: int, only: str | None = None) -> Iter
             if only not in (None, law):
                 continue
             for runs in counts:
-                if runs <= max(laws.FEWEST.get(law, 0), len(truths[law])):
+                if runs < max(laws.FEWEST.get(law, 0), len(truths[law]) + 1):
                     continue
                 for noise in NOISES:
                     rng = np.random.default_rng([seed, runs, int(1e6 * noise), *law.encode()])

@@ -30,8 +30,8 @@ from scaling.table import BoolArray, FloatArray
 
 FORMS = ("loglin", "power", "power_const", "broken")
 N_PARAMS = {"loglin": 2, "power": 2, "power_const": 3, "broken": 5}
-# Distinct x that a form is fitted to: a break needs three on either side, and more to be told from a bend.
-FEWEST = {"loglin": 2, "power": 2, "power_const": 3, "broken": 8}
+# Distinct x that a form is fitted to: a break is told from noise by six on either side.
+FEWEST = {"loglin": 2, "power": 2, "power_const": 3, "broken": 12}
 LOGARITHMIC = frozenset({"power", "broken"})  # forms whose residuals are those of ln y
 EQUATIONS = {
     "loglin": "y = a + b ln x",

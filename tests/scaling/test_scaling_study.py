@@ -265,3 +265,14 @@ def test_a_flat_base_has_no_equal_quality_ratio(tmp_path: Path) -> None:
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "the compute for equal quality is not determined by these trials" in page
     assert "times less C" not in page
+
+
+def test_a_table_without_families_is_one(tmp_path: Path) -> None:
+    x = np.geomspace(1e12, 1e15, 10)
+    rows = [{"c": float(a), "my_error": float(0.6 + 3 * a**-0.1)} for a in x]
+    analysis = write_report(table(*rows), tmp_path / "r.html", title="t", metric="my_error", x="c", n_boot=50)
+    (family,) = analysis.panels[0].families
+    assert family.name == "all runs"
+    assert family.chosen == "power_const"
+    with pytest.raises(TableError, match="'kind' is missing"):
+        analyse(table(*rows), "my_error", x="c", group="kind")
