@@ -98,5 +98,5 @@ def test_parquet_is_read_as_csv_is(tmp_path: Path) -> None:
         np.testing.assert_array_equal(parquet.numbers(name), text.numbers(name))
     assert parquet.text("family") == text.text("family")
     (tmp_path / "bad.parquet").write_bytes(b"nothing")
-    with pytest.raises(TableError, match="bad.parquet: not a parquet table"):
+    with pytest.raises(TableError, match=r"bad\.parquet: not a parquet table"):
         read_table([tmp_path / "bad.parquet"])
