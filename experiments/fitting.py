@@ -40,3 +40,58 @@ def _law(family: Mapping[str, Any], equations: Mapping[str, str]) -> str:
         for name, value in fit["params"].items()
     )
     return f"{equations[form]}: {params}; {told}"
+
+
+def fit_law_and_print(
+    tables: Sequence[Path],
+    law: str,
+    columns: scaling.Columns,
+    *,
+    estimator: str,
+    resampling: scaling.Resampling,
+    out: Path | None,
+) -> None:
+    """Fits one law, prints it with its 95 % intervals, and writes all there is to say as JSON."""
+    table = scaling.read_table(list(tables))
+    result = scaling.fit_law(table, law, columns, estimator=estimator, resampling=resampling)
+    if out is not None:
+        scaling.write_json(out, result)
+    console = Console(highlight=False, soft_wrap=True)
+    groups: Mapping[str, Any] = result.get("groups", {"": result})  # type: ignore[assignment]
+    for name, found in groups.items():
+        console.print(f"{name}: {found['equation']}".removeprefix(": "))
+        for param, value in found["params"].items():
+            low, high = (found["intervals"] or {}).get(param) or (None, None)
+            between = "" if low is None else f"   {low:.5g} to {high:.5g}"
+            console.print(f"  {param:>6} {value:<10.6g}{between}")
+        if "objective" in found:
+            console.print(f"  objective {found['objective']:.12g}, {found['n']} runs")
+        for form, fit in found.get("forms", {}).items():
+            told = f"AICc {fit['aicc']:.2f}" if fit["aicc"] is not None else "no AICc"
+            held = fit["held_out_mape_percent"]
+            console.print(f"  {form:>11}: {told}" + ("" if held is None else f", held-out error {held:.3g} %"))
+        if found["bootstrap"]:
+            console.print(f"  intervals: {found['bootstrap']}", style="dim")
+        for warning in found["warnings"]:
+            console.print(f"  {warning['code']}: {warning['text']}")
+
+
+def advise_and_print(tables: Sequence[Path], budget: float, y: str | None, out: Path | None) -> None:
+    """What each family would do with a budget, best first."""
+    advice = scaling.recommend(list(tables), budget, y)
+    if out is not None:
+        scaling.write_json(out, {"budget": budget, "advice": [one.to_json() for one in advice]})
+    console = Console(highlight=False, soft_wrap=True)
+    for one in advice:
+        console.print(" ".join(part for part in (one.study, one.dataset, f"[bold]{one.family}[/]") if part))
+        low, high = one.interval or (None, None)
+        between = "" if low is None or high is None else f" ({low:.5g} to {high:.5g} for one run)"
+        console.print(f"  expected  {one.metric:.5g}{between}")
+        for column, (value, pair) in one.sizes.items():
+            console.print(f"  {column}  {value:.3g}" + ("" if pair is None else f" ({pair[0]:.3g} to {pair[1]:.3g})"))
+        shape = ", ".join(f"{name.removeprefix('model.')} {value:.3g}" for name, value in one.shape.items())
+        console.print(f"  shape  {shape}" if shape else "  the trials say nothing of the shape")
+        console.print(f"  nearest trained  {one.nearest}")
+        console.print(f"  by  {one.law}", style="dim")
+        for warning in one.warnings:
+            console.print(f"  {warning.code}: {warning.text}")

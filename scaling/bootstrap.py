@@ -1,11 +1,13 @@
-"""Bootstrap intervals of one-variable laws: pairs over configurations, or wild where configurations are few.
+"""Bootstrap intervals of one-variable laws: pairs over configurations, or residuals where configurations are few.
 
 *pairs* resamples whole configurations, each with all its seeds: the scatter of configuration means around
 the law already contains the seeds' noise, and resampling the seeds as well would count it twice (Davison
-and Hinkley 1997, section 3.8; in simulation such 95 % intervals covered 100 %). With few configurations
-pairs lose whole sizes, so below `PAIRS_FROM` configurations the *wild* bootstrap keeps every x and
-multiplies each configuration's leverage-corrected residual by one of Webb's six weights. The method used
-is always named. Joint draws are kept, because the parameters of a law are so correlated that separate
+and Hinkley 1997, section 3.8; in simulation such 95 % intervals covered 100 %). Its quantiles are taken
+where Student's t has them. With few configurations pairs lose whole sizes, so below `PAIRS_FROM`
+configurations *residual* keeps every x and draws noise of the residuals' size, the same for all; multiplying
+each configuration's own residual (the wild bootstrap) leaves six of them too little to vary, and such intervals
+held the truth in 87 to 93 of 100 simulated studies (`scaling.coverage` has the present ones). The method
+used is always named. Joint draws are kept, because the parameters of a law are so correlated that separate
 standard errors mislead.
 """
 
@@ -14,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import stats
 
 from scaling import laws
 from scaling.fit import CurveFit, Points, leverage
@@ -22,8 +25,6 @@ from scaling.table import FloatArray
 
 PAIRS_FROM = 13
 LEVEL = 0.95
-# Webb (2014): mean 0, variance 1, six values, so that few clusters still give many distinct resamples.
-WEBB = np.array([-np.sqrt(1.5), -1.0, -np.sqrt(0.5), np.sqrt(0.5), 1.0, np.sqrt(1.5)])
 _MAX_LEVERAGE = 0.99
 
 
@@ -31,9 +32,9 @@ _MAX_LEVERAGE = 0.99
 class Bootstrap:
     """Joint draws of one fitted curve.
 
-    `method` is "pairs" or "wild"; `draws` are R curves; `noise` is the standard deviation of a single run around the
-    curve (seeds included, corrected for leverage, on the fit's scale) with `freedom` degrees of freedom: it widens a
-    curve interval into a prediction interval for one new run.
+    `method` is "pairs" or "residual"; `draws` are R curves; `noise` is the standard deviation of a single run around
+    the curve (seeds included, corrected for leverage, on the fit's scale) with `freedom` degrees of freedom: it widens
+    a curve interval into a prediction interval for one new run.
     """
 
     method: str
@@ -46,25 +47,34 @@ class Bootstrap:
     def description(self) -> str:
         """One phrase for reports: what was resampled and how often."""
         if self.method == "pairs":
-            return f"pairs bootstrap over configurations (seeds kept together), {len(self.draws)} draws"
-        return f"wild bootstrap of configuration residuals (Webb weights, HC3), {len(self.draws)} draws"
+            kept = "seeds kept together, Student's quantiles"
+            return f"pairs bootstrap over configurations ({kept}), {len(self.draws)} draws"
+        return f"bootstrap of normal residuals of configurations (Student's scale), {len(self.draws)} draws"
+
+    @property
+    def level(self) -> float:
+        """How much of the draws a 95 % interval takes in."""
+        return student_level(self.freedom) if self.method == "pairs" else LEVEL
 
     def params(self) -> dict[str, tuple[float, float]]:
         """The 95 % percentile interval of each parameter."""
-        return {name: interval(values) for name, values in self.draws.params().items()}
+        return {name: interval(values, self.level) for name, values in self.draws.params().items()}
 
     def curve(self, x: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Lower and upper 95 % limits (n,) of the expected metric at x."""
-        return _limits(self.draws.at(x))
+        return _limits(self.draws.at(x), self.level)
 
     def prediction(self, x: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Lower and upper 95 % limits (n,) of the metric of ONE new run at x: curve uncertainty plus run noise."""
         values = self.draws.at(x)
-        # Student's t, not the residuals themselves: a handful of residuals never shows the tail of a new run.
-        noise = self.noise * np.random.default_rng([self.seed, 1]).standard_t(self.freedom, size=values.shape)
-        if self.draws.form == "power":
-            return _limits(values * np.exp(noise))
-        return _limits(values + noise)
+        rng = np.random.default_rng([self.seed, 1])
+        # Not the residuals themselves: a handful of residuals never shows the tail of a new run. Student's t, or where
+        # the draws have normal tails and their quantiles Student's, normal as they are.
+        pairs, shape = self.method == "pairs", values.shape
+        noise = self.noise * (rng.normal(size=shape) if pairs else rng.standard_t(self.freedom, size=shape))
+        if self.draws.form in laws.LOGARITHMIC:
+            return _limits(values * np.exp(noise), self.level)
+        return _limits(values + noise, self.level)
 
 
 def bootstrap(points: Points, fit: CurveFit, *, loss: bool, n_boot: int = 1000, seed: int = 0) -> Bootstrap | None:
@@ -81,9 +91,9 @@ def bootstrap(points: Points, fit: CurveFit, *, loss: bool, n_boot: int = 1000, 
         return None
     rng = np.random.default_rng([seed, 0])
     pairs = len(points) >= PAIRS_FROM
-    draws = (_pairs if pairs else _wild)(points, fit, loss, n_boot, rng)
+    draws = (_pairs if pairs else _residual)(points, fit, loss, n_boot, rng)
     freedom = len(points) - laws.N_PARAMS[fit.form]
-    return Bootstrap("pairs" if pairs else "wild", draws, _run_noise(points, fit), freedom, seed)
+    return Bootstrap("pairs" if pairs else "residual", draws, _run_noise(points, fit), freedom, seed)
 
 
 def interval(values: FloatArray, level: float = LEVEL) -> tuple[float, float]:
@@ -93,19 +103,32 @@ def interval(values: FloatArray, level: float = LEVEL) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _limits(values: FloatArray) -> tuple[FloatArray, FloatArray]:
-    tail = (1 - LEVEL) / 2
+def student_level(freedom: int) -> float:
+    """The share of normal draws that Student's 95 % interval takes in (Hesterberg 2015, the expanded percentile)."""
+    return float(2 * stats.norm.cdf(stats.t.ppf(0.5 + LEVEL / 2, freedom)) - 1)
+
+
+def student_noise(rms: float, n: int, params: int, n_boot: int, rng: np.random.Generator) -> FloatArray:
+    """Normal noise (n_boot, n) of the standard deviation that n residuals of a fit with so many parameters leave open:
+    a draw's own is what they say, times a root of an inverse chi-square, so that quantiles are those of Student's t."""
+    freedom = n - params
+    scale = rms * np.sqrt(n / freedom) * np.sqrt(freedom / rng.chisquare(freedom, size=(n_boot, 1)))
+    return scale * rng.normal(size=(n_boot, n))
+
+
+def _limits(values: FloatArray, level: float = LEVEL) -> tuple[FloatArray, FloatArray]:
+    tail = (1 - level) / 2
     low, high = np.quantile(values, [tail, 1 - tail], axis=0)
     return low, high
 
 
 def _link(form: str, y: FloatArray) -> FloatArray:
     """The scale on which the form's residuals are additive."""
-    return np.log(y) if form == "power" else y
+    return np.log(y) if form in laws.LOGARITHMIC else y
 
 
 def _unlink(form: str, z: FloatArray) -> FloatArray:
-    return np.exp(z) if form == "power" else z
+    return np.exp(z) if form in laws.LOGARITHMIC else z
 
 
 def _correction(points: Points, fit: CurveFit) -> FloatArray:
@@ -113,12 +136,11 @@ def _correction(points: Points, fit: CurveFit) -> FloatArray:
     return 1.0 - np.minimum(leverage(fit.curves, points.x), _MAX_LEVERAGE)
 
 
-def _wild(points: Points, fit: CurveFit, loss: bool, n_boot: int, rng: np.random.Generator) -> Curves:
+def _residual(points: Points, fit: CurveFit, loss: bool, n_boot: int, rng: np.random.Generator) -> Curves:
     predicted = _link(fit.form, fit.at(points.x))
-    # Dividing by (1 - h), the jackknife-like correction, keeps the intervals honest with 5 to 12 configurations.
-    residual = (_link(fit.form, points.mean) - predicted) / _correction(points, fit)
-    weights = rng.choice(WEBB, size=(n_boot, len(points)))
-    y = _unlink(fit.form, predicted + weights * residual)
+    rms = float(np.sqrt(np.mean((_link(fit.form, points.mean) - predicted) ** 2)))
+    noise = student_noise(rms, len(points), laws.N_PARAMS[fit.form], n_boot, rng)
+    y = _unlink(fit.form, predicted + noise)
     return laws.solve(fit.form, points.x, y, loss=loss)
 
 

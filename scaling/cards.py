@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from scaling.family import FamilyResult
-from scaling.joint import Joint
+from scaling.joint.section import Joint
 from scaling.metrics import metric_name
 from scaling.page import esc, theme_colour
 from scaling.panel import Panel
@@ -41,11 +41,14 @@ def card_html(family: FamilyResult, panel: Panel, colour: str) -> str:
 
 
 def _joint_html(joint: Joint, metric: str) -> str:
-    """The law in parameters and targets in one line, with what is wrong with it."""
-    values = "; ".join(
-        f"{name} = {number(joint.fit.params[name], 3)} {interval_text(joint.intervals[name], 3)}"
-        for name in ("E", "A", "alpha", "B", "beta")
+    """The law in several variables in one line, with what is wrong with it."""
+    fit, intervals = joint.fit, joint.draws.intervals()
+    values = "; ".join(f"{name} = {number(v, 3)} {interval_text(intervals[name], 3)}" for name, v in fit.params.items())
+    cautions = "".join(f" ({warn.text})" for warn in fit.warnings)
+    law = f"{metric} = E + " + " + ".join(
+        f"{t.coefficient}·{t.variable.upper()}^−{t.exponent}" for t in fit.law.terms[:-1]
     )
-    cautions = "".join(f" ({warn.text})" for warn in joint.fit.warnings)
-    law = f"{metric} = E + A·N^−alpha + B·D^−beta"
-    return f"<p>In parameters N and targets D: <code>{esc(law)}</code>, 95 %: {esc(values + cautions)}</p>"
+    variables = {"n": "parameters N", "d": "targets D", "h": "history length H"}
+    *most, last = (variables[name] for name in fit.law.variables)
+    named = f"{', '.join(most)} and {last}"
+    return f"<p>In {named}: <code>{esc(law)}</code>, 95 %: {esc(values + cautions)}</p>"

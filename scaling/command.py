@@ -28,8 +28,13 @@ def fit_command(
     """
     result = analyse(read_table(list(tables)), y, x=x, group=group).to_json()
     if out is not None:
-        write_whole(out, json.dumps(result, indent=1, allow_nan=False) + "\n")
+        write_json(out, result)
     return result
+
+
+def write_json(out: Path, result: object) -> None:
+    """Whole or not at all."""
+    write_whole(out, json.dumps(result, indent=1, allow_nan=False) + "\n")
 
 
 def report_command(

@@ -10,7 +10,7 @@ import numpy as np
 from scaling.bootstrap import Bootstrap, bootstrap
 from scaling.fit import MAX_EXTRAPOLATION, CurveFit, Points, Warn, choose, fit_forms, fit_warnings, seed_warnings
 from scaling.frontier import Family, pareto, slope_per_decade
-from scaling.joint import Joint, joint_law
+from scaling.joint.section import Joint, joint_law
 from scaling.metrics import higher_is_better
 from scaling.table import Table
 from scaling.trials import configurations

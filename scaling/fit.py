@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from scaling import laws
+from scaling.broken import break_range, derivatives
 from scaling.laws import Curves
 from scaling.table import FloatArray
 
@@ -79,8 +80,8 @@ class HeldOut:
 class CurveFit:
     """One form fitted to one family.
 
-    `params` are those of `laws.EQUATIONS[form]`; `rss` and `aicc` are in the metric's own units (the power law's
-    likelihood carries the Jacobian of its logarithm, so the three forms' AICc compare); `condition` is that of
+    `params` are those of `laws.EQUATIONS[form]`; `rss` and `aicc` are in the metric's own units (the likelihood
+    of a law fitted to ln y carries the logarithm's Jacobian, so the forms' AICc compare); `condition` is that of
     the Jacobian with unit columns; `at_bound` names parameters that stopped at the edge of their range.
     """
 
@@ -118,8 +119,8 @@ def fit_form(points: Points, form: str, *, loss: bool) -> CurveFit:
         ValueError: fewer than two distinct x, a non-positive x, or a non-positive metric under the power law.
     """
     y = points.mean
-    if form == "power" and np.any(y <= 0):
-        raise ValueError("the power law needs a positive metric")
+    if form in laws.LOGARITHMIC and np.any(y <= 0):
+        raise ValueError("a power law needs a positive metric")
     curves = laws.solve(form, points.x, y, loss=loss)
     predicted = curves.at(points.x)[0]
     rss = float(np.sum((y - predicted) ** 2))
@@ -140,9 +141,10 @@ def fit_form(points: Points, form: str, *, loss: bool) -> CurveFit:
 
 
 def fit_forms(points: Points, *, loss: bool, forms: Sequence[str] = laws.FORMS) -> dict[str, CurveFit]:
-    """Fit every form the points can carry (at least as many distinct x as parameters)."""
+    """Fit every form the points can carry (see `laws.FEWEST`)."""
     distinct = len(np.unique(points.x))
-    usable = [f for f in forms if distinct >= laws.N_PARAMS[f] and (f != "power" or np.all(points.mean > 0))]
+    positive = bool(np.all(points.mean > 0))
+    usable = [f for f in forms if distinct >= laws.FEWEST[f] and (positive or f not in laws.LOGARITHMIC)]
     return {form: fit_form(points, form, loss=loss) for form in usable} if distinct > 1 else {}
 
 
@@ -176,9 +178,11 @@ def shared_held_out(fits: dict[str, CurveFit]) -> dict[str, float]:
 def jacobian(curves: Curves, x: FloatArray) -> FloatArray:
     """Derivatives (n, k) of the first curve, on its fitted scale (ln y for the power law), at x.
 
-    Columns: (p, q) of the centred basis, and the exponent b for "power + constant".
+    Columns: (p, q) of the centred basis, and the exponent b for "power + constant", or what bends a broken law.
     """
     u = np.log(x / curves.x0)
+    if curves.breaks:
+        return derivatives(u, *(float(curves.breaks[name][0]) for name in "mf"))
     p_column = np.ones_like(u)
     if curves.form != "power_const":
         return np.stack([p_column, u], axis=1)
@@ -231,6 +235,8 @@ def fit_warnings(points: Points, fit: CurveFit) -> list[Warn]:
 
 
 def _at_bound(curves: Curves, x: FloatArray, loss: bool) -> tuple[str, ...]:
+    if curves.breaks:
+        return _break_at_bound(curves, x)
     if curves.form != "power_const":
         return ()
     low, high = laws.exponent_bounds(x)
@@ -247,12 +253,19 @@ def _at_bound(curves: Curves, x: FloatArray, loss: bool) -> tuple[str, ...]:
     return tuple(found)
 
 
+def _break_at_bound(curves: Curves, x: FloatArray) -> tuple[str, ...]:
+    low, high = break_range(np.log(x / curves.x0))
+    m = float(curves.breaks["m"][0])
+    edge = 1e-6 * (high - low)
+    return () if low + edge < m < high - edge else ("d",)
+
+
 def _aicc(form: str, y: FloatArray, predicted: FloatArray) -> float:
     """AIC with the small-sample correction; the error variance counts as a parameter. Infinite without freedom."""
     n, k = len(y), laws.N_PARAMS[form] + 1
     if n - k - 1 <= 0:
         return math.inf
-    log = form == "power"
+    log = form in laws.LOGARITHMIC
     residual = np.log(y) - np.log(predicted) if log else y - predicted
     scale = 1.0 if log else float(np.max(np.abs(y))) or 1.0
     # Noise-free data would give ln 0; a floor at rounding error lets the parameter count decide instead.
@@ -279,7 +292,7 @@ def _roll(points: Points, form: str, loss: bool) -> list[HeldOut]:
     if len(cuts) > _MAX_CUTS:
         cuts = cuts[np.unique(np.linspace(0, len(cuts) - 1, _MAX_CUTS).round().astype(int))]
     # One point more than parameters, or the fit below the cut is an interpolation.
-    fewest = laws.N_PARAMS[form] + 1
+    fewest = max(laws.N_PARAMS[form] + 1, laws.FEWEST[form])
     return [_held_out(points.x, y, form, float(cut), loss) for cut in cuts if np.sum(distinct < cut) >= fewest]
 
 

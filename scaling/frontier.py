@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from scaling.bootstrap import LEVEL, Bootstrap, interval
+from scaling.bootstrap import Bootstrap, interval
 from scaling.fit import CurveFit, Points
 from scaling.laws import Curves
 from scaling.table import BoolArray, FloatArray
@@ -105,7 +105,7 @@ def compute_ratio(base: Family, new: Family, n: int = 41) -> Ratio:
     if base.boot is not None and new.boot is not None:
         draws = _difference(base.boot.draws.inverse(q), new.boot.draws.inverse(q))
         for j in range(n):
-            low_log, high_log = interval(draws[:, j])
+            low_log, high_log = interval(draws[:, j], _level(base, new))
             lows[j], highs[j] = _exp(low_log), _exp(high_log)
     return Ratio(base.name, new.name, q, np.exp(log_base - log_new), lows, highs)
 
@@ -119,7 +119,9 @@ def compare(base: Family, new: Family) -> Comparison:
         slopes = _steepness(base, slope_range), _steepness(new, slope_range)
         difference = slopes[1] - slopes[0]
         if base.boot is not None and new.boot is not None:
-            slope_interval = interval(_slope(new.boot.draws, slope_range) - _slope(base.boot.draws, slope_range))
+            slope_interval = interval(
+                _slope(new.boot.draws, slope_range) - _slope(base.boot.draws, slope_range), _level(base, new)
+            )
         crossings, crossing, crossing_interval, share = _crossing(base, new, slope_range)
     return Comparison(
         ratio=compute_ratio(base, new),
@@ -138,7 +140,12 @@ def slope_per_decade(family: Family) -> tuple[float, Interval | None]:
     """The mean change of the metric per tenfold x over the family's own range, with its interval."""
     ends = float(family.points.x.min()), float(family.points.x.max())
     value = _steepness(family, ends)
-    return value, interval(_slope(family.boot.draws, ends)) if family.boot else None
+    return value, interval(_slope(family.boot.draws, ends), family.boot.level) if family.boot else None
+
+
+def _level(*families: Family) -> float:
+    """How much of the draws of several families' difference a 95 % interval takes in: as of the one that needs most."""
+    return max(family.boot.level for family in families if family.boot is not None)
 
 
 def _steepness(family: Family, ends: Interval) -> float:
@@ -185,16 +192,16 @@ def _crossing(base: Family, new: Family, ends: Interval) -> tuple[int, float | N
         return count, crossing, None, None
     draws = new.boot.draws.at(grid) - base.boot.draws.at(grid)
     share = float(np.isfinite(_first_zero(draws, grid)).mean())
-    limits = _crossing_limits(grid, gap, draws, crossing) if crossing is not None else None
+    limits = _crossing_limits(grid, gap, draws, crossing, _level(base, new)) if crossing is not None else None
     return count, crossing, limits, share
 
 
-def _crossing_limits(grid: FloatArray, gap: FloatArray, draws: FloatArray, crossing: float) -> Interval:
+def _crossing_limits(grid: FloatArray, gap: FloatArray, draws: FloatArray, crossing: float, level: float) -> Interval:
     """Every x around the crossing at which "the gap is zero" is not rejected at 5 %; see `Comparison`.
 
     The test at one x compares |gap| (m,) with the 95 % quantile of |draw - gap| over the draws (R, m).
     """
-    reach = np.quantile(np.abs(draws - gap), LEVEL, axis=0)
+    reach = np.quantile(np.abs(draws - gap), level, axis=0)
     at = int(np.searchsorted(grid, crossing))
     # How far each gap is beyond its reach; at the crossing the gap is zero, so it is never rejected itself.
     x, beyond = np.insert(np.log(grid), at, np.log(crossing)), np.insert(np.abs(gap) - reach, at, -reach[at - 1])

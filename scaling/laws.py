@@ -1,8 +1,9 @@
-"""The three one-variable laws, solved exactly and in batches.
+"""The one-variable laws, solved exactly and in batches.
 
     loglin       y = a + b ln x            least squares in y
     power        y = a x^-b                least squares in ln y
     power_const  y = c + a x^-b            least squares in y, variable projection
+    broken       see `scaling.broken`      least squares in ln y, variable projection
 
 Every curve is stored in a centred form that stays well conditioned: with u = ln(x/x0), x0 the geometric
 mean of x,
@@ -10,6 +11,7 @@ mean of x,
     loglin       y = p + q u
     power        ln y = p + q u
     power_const  y = p + q g_b(u),  g_b(u) = -expm1(-b u)/b
+    broken       ln y = p + q u - c g(u)
 
 g_b tends to u as b tends to 0, so a "power + constant" whose exponent vanishes *is* the log-linear law,
 without the cancelling of two huge numbers that c + a x^-b would suffer. All arrays are float64 and carry
@@ -19,19 +21,29 @@ Source of the projection: Golub and Pereyra (1973).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from scaling.broken import bend, solve_broken
 from scaling.table import BoolArray, FloatArray
 
-FORMS = ("loglin", "power", "power_const")
-N_PARAMS = {"loglin": 2, "power": 2, "power_const": 3}
-EQUATIONS = {"loglin": "y = a + b ln x", "power": "y = a x^-b", "power_const": "y = c + a x^-b"}
+FORMS = ("loglin", "power", "power_const", "broken")
+N_PARAMS = {"loglin": 2, "power": 2, "power_const": 3, "broken": 5}
+# Distinct x that a form is fitted to: a break is told from noise by six on either side.
+FEWEST = {"loglin": 2, "power": 2, "power_const": 3, "broken": 12}
+LOGARITHMIC = frozenset({"power", "broken"})  # forms whose residuals are those of ln y
+EQUATIONS = {
+    "loglin": "y = a + b ln x",
+    "power": "y = a x^-b",
+    "power_const": "y = c + a x^-b",
+    "broken": "y = a x^-b (1 + (x / d)^(1 / f))^(-c f)",
+}
 ESTIMATORS = {
     "loglin": "least squares in y, closed form",
     "power": "least squares in ln y, closed form",
     "power_const": "least squares in y by variable projection: exponent by grid and zoom, (c, a) exactly",
+    "broken": "least squares in ln y by variable projection: break and width by grid and zoom, (a, b, c) exactly",
 }
 
 # The exponent is searched where b * (range of ln x) lies in these bounds. Below the first the curve differs from a
@@ -43,24 +55,34 @@ _BLOCK = 2_000_000  # elements of one work array: keeps a thousand draws within 
 
 @dataclass(frozen=True)
 class Curves:
-    """R curves of one form on the centred basis of this module; `p`, `q`, `b` are (R,), `x0` is in units of x."""
+    """R curves of one form on the centred basis of this module; `p`, `q`, `b` are (R,), `x0` is in units of x.
+
+    `breaks`: of broken curves c, m and f (R,), see `scaling.broken`.
+    """
 
     form: str
     x0: float
     p: FloatArray
     q: FloatArray
     b: FloatArray
+    breaks: dict[str, FloatArray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.p)
 
     def at(self, x: FloatArray) -> FloatArray:
         """The curves' values (R, len(x)) at x > 0."""
-        z = self.p[:, None] + self.q[:, None] * basis(np.log(x / self.x0), self.b[:, None])
-        return np.exp(z) if self.form == "power" else z
+        u = np.log(x / self.x0)
+        z = self.p[:, None] + self.q[:, None] * basis(u, self.b[:, None])
+        if self.breaks:
+            c, m, f = (self.breaks[name][:, None] for name in "cmf")
+            z -= c * bend(u, m, f)
+        return np.exp(z) if self.form in LOGARITHMIC else z
 
     def inverse(self, y: FloatArray) -> FloatArray:
         """ln x (R, len(y)) at which each curve takes the value y; +inf beyond an asymptote, NaN for a flat curve."""
+        if self.breaks:
+            return self._searched(np.log(y))
         z = np.log(y) if self.form == "power" else y
         with np.errstate(divide="ignore", invalid="ignore"):
             g = (z[None, :] - self.p[:, None]) / self.q[:, None]
@@ -70,6 +92,21 @@ class Curves:
             u = np.where(b > 0, bent, g)
         return np.where(np.isfinite(u), u + np.log(self.x0), np.where(np.isnan(u), np.nan, np.inf))
 
+    def _searched(self, z: FloatArray) -> FloatArray:
+        """As `inverse`, of ln y = z, by bisection; NaN for curves that turn round at the break."""
+        reach = np.full((len(self), len(z)), 60.0)
+        low, high = -reach, reach.copy()
+        rising = np.where(self.q - self.breaks["c"] == 0, self.q, self.q - self.breaks["c"])
+        monotone = (self.q * rising >= 0) & (rising != 0)
+        c, m, f = (self.breaks[name][:, None] for name in "cmf")
+        for _ in range(60):
+            middle = 0.5 * (low + high)
+            value = self.p[:, None] + self.q[:, None] * middle - c * bend(middle, m, f)
+            beyond = (value > z) == (rising > 0)[:, None]
+            low, high = np.where(beyond, low, middle), np.where(beyond, middle, high)
+        found = np.where(np.abs(low) < 59.9, low, np.inf)
+        return np.where(monotone[:, None], found + np.log(self.x0), np.nan)
+
     def params(self) -> dict[str, FloatArray]:
         """The parameters (R,) of the equation as written in `EQUATIONS`."""
         shift = np.log(self.x0)
@@ -77,6 +114,11 @@ class Curves:
             return {"a": self.p - self.q * shift, "b": self.q}
         if self.form == "power":
             return {"a": np.exp(self.p - self.q * shift), "b": -self.q}
+        if self.form == "broken":
+            own = self.breaks
+            with np.errstate(over="ignore"):
+                a, d = np.exp(self.p - self.q * shift), np.exp(own["m"] + shift)
+            return {"a": a, "b": -self.q, "c": own["c"], "d": d, "f": own["f"]}
         scale = -self.q / self.b
         constant = self.p - scale
         # At the bound c = 0 the difference of two equal numbers leaves rounding: it is the zero it stands for.
@@ -106,7 +148,7 @@ def solve(form: str, x: FloatArray, y: FloatArray, w: FloatArray | None = None, 
     Args:
         form: one of `FORMS`.
         x: (n,), positive, at least two distinct values.
-        y: (R, n) or (n,); positive for the form `power`.
+        y: (R, n) or (n,); positive for the forms `power` and `broken`.
         w: (R, n) non-negative weights, or None for equal ones.
         loss: the metric falls and is positive: `power_const` then obeys a >= 0 and c >= 0. Otherwise signs are free.
 
@@ -124,6 +166,10 @@ def solve(form: str, x: FloatArray, y: FloatArray, w: FloatArray | None = None, 
     if form == "power_const":
         p, q, b = _solve_power_const(u, y, w, exponent_bounds(x), loss)
         return Curves(form, x0, p, q, b)
+    if form == "broken":
+        own = solve_broken(u, np.log(y), w)
+        breaks = {name: own[name] for name in "cmf"}
+        return Curves(form, x0, own["p"], -own["b"], np.zeros(len(y)), breaks)
     z = np.log(y) if form == "power" else y
     zero = np.zeros((1, 1))
     p, q, _ = _project(u, z, w, zero, nonnegative=False)

@@ -217,7 +217,7 @@ def held_out_figure(panel: Panel, styles: dict[str, FamilyStyle] | None = None) 
     styles = styles or panel_styles(panel)
     figure, axes = new_axes(5.2, 3.4 + 0.2 * len(panel.families))
     rows: list[dict[str, object]] = []
-    dashes = {"loglin": (0, (5, 2)), "power": (0, (1, 1.5)), "power_const": "-"}
+    dashes = {"loglin": (0, (5, 2)), "power": (0, (1, 1.5)), "power_const": "-", "broken": (0, (6, 1.5, 1, 1.5))}
     for family, form, fit in cuts:
         x, y = [c.cut for c in fit.held_out], [c.mape for c in fit.held_out]
         style = styles[family.name]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
-from scaling.bootstrap import Bootstrap
+from scaling.bootstrap import LEVEL, Bootstrap
 from scaling.family import FamilyResult
 from scaling.fit import CurveFit, Warn
 from scaling.frontier import Comparison
-from scaling.joint import Joint
+from scaling.joint.fit import JointFit
+from scaling.joint.section import COLUMNS, Joint
+from scaling.joint.uncertainty import JointDraws
 from scaling.laws import EQUATIONS, ESTIMATORS
 from scaling.metrics import higher_is_better
 from scaling.panel import Panel
@@ -46,7 +48,7 @@ def _panel(panel: Panel) -> dict[str, object]:
         "plain": panel.plain or None,
         "families": [_family(family) for family in panel.families],
         "comparisons": [_comparison(comparison) for comparison in panel.comparisons],
-        "warnings": _warnings(panel.warnings),
+        "warnings": warnings_of(panel.warnings),
     }
 
 
@@ -69,40 +71,55 @@ def _family(family: FamilyResult) -> dict[str, object]:
         ],
         "form": family.chosen,
         "bootstrap": family.boot.description if family.boot else None,
-        "change_per_decade": ({"value": family.slope[0], "interval": _pair(family.slope[1])} if family.slope else None),
-        "fits": {form: _fit(fit, family.boots[form]) for form, fit in family.fits.items()},
+        "change_per_decade": (
+            {"value": family.slope[0], "interval": pair_of(family.slope[1])} if family.slope else None
+        ),
+        "fits": {form: curve_to_json(fit, family.boots[form]) for form, fit in family.fits.items()},
         "predictions": [
             {
                 "x": p.x,
                 "value": _finite(p.value),
-                "curve_interval": _pair(p.curve),
-                "one_run_interval": _pair(p.one_run),
+                "curve_interval": pair_of(p.curve),
+                "one_run_interval": pair_of(p.one_run),
                 "extrapolation_factor": p.extrapolation,
             }
             for p in family.predictions
         ],
         "joint": _joint(family.joint) if family.joint else None,
-        "warnings": _warnings(family.warnings),
+        "warnings": warnings_of(family.warnings),
     }
 
 
 def _joint(joint: Joint) -> dict[str, object]:
-    fit = joint.fit
+    return {**joint_to_json(joint.fit, joint.draws), "columns": {n: COLUMNS[n] for n in joint.fit.law.variables}}
+
+
+def joint_to_json(fit: JointFit, draws: JointDraws, more: Iterable[Warn] = ()) -> dict[str, object]:
+    """A joint law with its intervals; ``more``: cautions beside the fit's own."""
     return {
-        "equation": "y = E + A N^-alpha + B D^-beta, N dense parameters, D targets",
-        "params": _numbers(fit.params),
-        "intervals": {name: _pair(pair) for name, pair in joint.intervals.items()},
-        "n": fit.n,
+        "law": fit.law.name,
+        "equation": fit.law.equation,
+        "estimator": fit.estimator.name,
+        "params": numbers(fit.params),
+        "intervals": {name: pair_of(pair) for name, pair in draws.intervals().items()},
+        "standard_errors": numbers(draws.errors()),
+        "objective": fit.objective,
+        "n": len(fit),
+        "rmse": fit.rmse,
         "share_of_starts": fit.share,
+        "gradient": _finite(fit.gradient),
         "condition": _finite(fit.condition),
-        "warnings": _warnings(fit.warnings),
+        "bootstrap": draws.description,
+        "interval_level": LEVEL,
+        "warnings": warnings_of((*fit.warnings, *more)),
     }
 
 
-def _fit(fit: CurveFit, boot: Bootstrap | None) -> dict[str, object]:
+def curve_to_json(fit: CurveFit, boot: Bootstrap | None) -> dict[str, object]:
+    """One form fitted to one family's points."""
     return {
-        "params": _numbers(fit.params),
-        "intervals": {name: _pair(pair) for name, pair in boot.params().items()} if boot else None,
+        "params": numbers(fit.params),
+        "intervals": {name: pair_of(pair) for name, pair in boot.params().items()} if boot else None,
         "bootstrap": boot.method if boot else None,
         "n": fit.n,
         "rss": fit.rss,
@@ -133,30 +150,33 @@ def _comparison(comparison: Comparison) -> dict[str, object]:
         "base": ratio.base,
         "new": ratio.new,
         "compute_ratio": [
-            {"quality": float(q), "ratio": float(r), "interval": _pair((float(low), float(high)))}
+            {"quality": float(q), "ratio": float(r), "interval": pair_of((float(low), float(high)))}
             for q, r, low, high in zip(ratio.quality, ratio.ratio, ratio.low, ratio.high)
         ],
         "compute_ratio_missing": ratio.reason or None,
-        "common_x": _pair(comparison.slope_range),
-        "change_per_decade": _pair(comparison.slopes),
+        "common_x": pair_of(comparison.slope_range),
+        "change_per_decade": pair_of(comparison.slopes),
         "change_per_decade_difference": comparison.slope_difference,
-        "change_per_decade_interval": _pair(comparison.slope_interval),
+        "change_per_decade_interval": pair_of(comparison.slope_interval),
         "crossings": comparison.crossings,
         "crossing": comparison.crossing,
-        "crossing_interval": _pair(comparison.crossing_interval),
+        "crossing_interval": pair_of(comparison.crossing_interval),
         "crossing_share": comparison.crossing_share,
     }
 
 
-def _warnings(warnings: Iterable[Warn]) -> list[dict[str, str]]:
+def warnings_of(warnings: Iterable[Warn]) -> list[dict[str, str]]:
+    """Codes and texts."""
     return [{"code": w.code, "text": w.text} for w in warnings]
 
 
-def _pair(pair: Iterable[float] | None) -> list[float | None] | None:
+def pair_of(pair: Iterable[float] | None) -> list[float | None] | None:
+    """An interval; a limit that is not finite is None."""
     return [_finite(float(value)) for value in pair] if pair is not None else None
 
 
-def _numbers(values: Mapping[str, float]) -> dict[str, float | None]:
+def numbers(values: Mapping[str, float]) -> dict[str, float | None]:
+    """Parameters by name."""
     return {name: _finite(value) for name, value in values.items()}
 
 

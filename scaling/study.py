@@ -81,7 +81,7 @@ def analyse(
         metric: the column to explain; a section without a value of it, and every section if None, takes its own
             `default_metric`.
         x: the column it is explained by, positive.
-        group: the column whose values are the families.
+        group: the column whose values are the families; a table without the column ``family`` is one family.
         form: "auto" (see `fit.choose`) or one of `laws.FORMS` for every family.
         base: the family the others are compared with, wherever a panel has it; by default the family "dlrm",
             else the best classical ranker there, else the family with the worst best metric.
@@ -100,6 +100,8 @@ def analyse(
     if form != "auto" and form not in laws.FORMS:
         raise ValueError(f"unknown form {form!r}: use auto, {', '.join(laws.FORMS)}")
     main = metric or _main_metric(table, x)
+    if group not in table.columns and group == "family":
+        table = table.with_column(group, "all runs")
     table.require(main, x, group)
     joint = axes and x == "train_flops" and not frontier
     settings = Settings(main, x, group, form, base, frontier, n_boot, seed, tuple(predict_at), joint)

@@ -213,6 +213,9 @@ def equation(form: str, params: dict[str, float], y: str, x: str) -> str:
     a = number(params["a"])
     if form == "loglin":
         return f"{y} = {a} {'−' if b < 0 else '+'} {number(abs(b))}·ln {x}"
+    if form == "broken":
+        bend = f"(1 + ({x}/{number(params['d'])})^{number(1 / params['f'])})^{number(-params['c'] * params['f'])}"
+        return f"{y} = {a}·{x}^{number(-b)}·{bend}"
     power = f"{number(abs(params['a'])) if form == 'power_const' else a}·{x}^{number(-b)}"
     if form == "power":
         return f"{y} = {power}"

@@ -1,6 +1,6 @@
 """The results table: one row per trial, read strictly, never guessed.
 
-A table is CSV (UTF-8, a header row) or JSON lines (one object per line). An empty cell means "missing".
+A table is CSV (UTF-8, a header row), JSON lines (one object per line) or parquet. An empty cell means "missing".
 Every refusal is a `TableError` whose message is one sentence naming the file and the row or column,
 because a table that is silently half-read gives a law that is silently wrong.
 """
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
+IntArray = NDArray[np.integer]
 
 # Columns that must hold numbers when they are present: a word in one of them is refused when the table is read.
 NUMERIC = frozenset(
@@ -104,6 +105,10 @@ class Table:
         keep = np.flatnonzero(mask)
         return Table(self.columns, [self.rows[i] for i in keep], [self.origins[i] for i in keep])
 
+    def with_column(self, name: str, value: str) -> Table:
+        """The table with one more column, the same in every row."""
+        return Table([*self.columns, name], [{**row, name: value} for row in self.rows], self.origins)
+
     def distinct(self, column: str) -> list[str]:
         """The distinct non-empty values of a column, in first-seen order."""
         return [value for value in dict.fromkeys(self.text(column)) if value]
@@ -174,6 +179,8 @@ def _read_one(path: Path) -> Table:
         path = path / "results.csv"
     if not path.is_file():
         raise TableError(f"{path}: no such results table")
+    if path.suffix == ".parquet":
+        return _read_parquet(path)
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -207,6 +214,21 @@ def _parse_csv(path: Path, text: str) -> Table:
     return Table(header, rows, origins)
 
 
+def _read_parquet(path: Path) -> Table:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import read_table as read
+    except ImportError:
+        raise TableError(f"{path}: reading parquet needs pyarrow") from None
+    try:
+        records = read(path).to_pylist()
+    except (ArrowException, OSError) as error:
+        raise TableError(f"{path}: not a parquet table ({str(error).splitlines()[0]})") from None
+    columns = list(records[0]) if records else []
+    origins = [f"{path}, line {row + 1}" for row in range(len(records))]
+    return Table(_check_header(path, columns), [{k: _cell(v) for k, v in one.items()} for one in records], origins)
+
+
 def _check_header(path: Path, cells: list[str]) -> list[str]:
     header = [cell.strip() for cell in cells]
     for position, name in enumerate(header):
@@ -237,7 +259,7 @@ def _parse_jsonl(path: Path, text: str) -> Table:
 def _cell(value: object) -> str:
     if value is None:
         return ""
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def parse_number(cell: str, column: str, origin: str) -> float:

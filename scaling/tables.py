@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from scaling.checklist import NO_LAW
 from scaling.family import FamilyResult
-from scaling.laws import N_PARAMS
+from scaling.laws import FEWEST
 from scaling.page import table_html
 from scaling.panel import Panel
 from scaling.plots import x_symbol
@@ -16,7 +16,12 @@ from scaling.table import Table, TableError, parse_number
 from scaling.truth import Verdict
 
 _IDENTIFIERS = frozenset({"trial", "study", "family", "label", "dataset", "eval_set"})
-_FORM_NAMES = {"loglin": "log-linear", "power": "power law", "power_const": "power law + constant"}
+_FORM_NAMES = {
+    "loglin": "log-linear",
+    "power": "power law",
+    "power_const": "power law + constant",
+    "broken": "broken power law",
+}
 
 
 def fits_table(panels: Sequence[Panel]) -> str:
@@ -44,8 +49,8 @@ def fits_table(panels: Sequence[Panel]) -> str:
     ]
     note = (
         "<p>Bold rows are the laws drawn. AICc and held-out error compare forms within one family; a held-out "
-        "error is the mean over the form's own cuts, and the choice uses the cuts that forms share. A form with "
-        f"{N_PARAMS['power_const']} parameters needs that many distinct x or more.</p>"
+        "error is the mean over the form's own cuts, and the choice uses the cuts that forms share. A power law with a "
+        f"constant needs {FEWEST['power_const']} distinct x, one with a break {FEWEST['broken']}.</p>"
     )
     return note + table_html(headers, rows, label="All fits")
 

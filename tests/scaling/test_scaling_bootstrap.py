@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from scaling.bootstrap import WEBB, bootstrap, interval
+from scaling.bootstrap import bootstrap, interval
 from scaling.fit import Points, fit_form
 from scaling.frontier import Family, compare, compute_ratio, pareto, slope_per_decade
 from scaling.table import FloatArray
@@ -19,14 +19,9 @@ def simulated(rng: np.random.Generator, n: int, seeds: int, form: str) -> tuple[
     return Points(x, tuple(value + rng.normal(0, NOISE, seeds) for value in truth)), truth
 
 
-def test_webb_weights_have_mean_zero_and_variance_one() -> None:
-    assert WEBB.mean() == pytest.approx(0)
-    assert (WEBB**2).mean() == pytest.approx(1)
-
-
 @pytest.mark.parametrize(
     ("n", "seeds", "form", "method"),
-    [(6, 1, "loglin", "wild"), (16, 3, "loglin", "pairs"), (8, 2, "power_const", "wild")],
+    [(6, 1, "loglin", "residual"), (16, 3, "loglin", "pairs"), (8, 2, "power_const", "residual")],
 )
 def test_coverage_of_curve_and_prediction_intervals(n: int, seeds: int, form: str, method: str) -> None:
     """95 % intervals of the curve at mid-range and of one new run there cover about as often as they claim."""
@@ -44,7 +39,7 @@ def test_coverage_of_curve_and_prediction_intervals(n: int, seeds: int, form: st
         curve_hits += bool(low[0] <= truth[middle] <= high[0])
         low, high = boot.prediction(at)
         run_hits += bool(low[0] <= truth[middle] + rng.normal(0, NOISE) <= high[0])
-    assert 0.86 <= curve_hits / trials <= 0.995
+    assert 0.9 <= curve_hits / trials <= 0.99
     assert 0.88 <= run_hits / trials <= 1.0
 
 

@@ -1,20 +1,18 @@
-"""Fits: exact recovery, the global optimum against brute force, form choice, warnings, L(N, D)."""
+"""Fits: exact recovery, the global optimum against brute force, form choice, warnings, breaks."""
 
 from __future__ import annotations
 
-import csv
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from scipy.optimize import approx_fprime, nnls
+from scipy.optimize import nnls
 
-from scaling import laws, nd
-from scaling.fit import Points, choose, condition_number, fit_form, fit_forms, fit_warnings, leverage
-from scaling.table import FloatArray, TableError
+from scaling import laws
+from scaling.fit import Points, choose, condition_number, fit_form, fit_forms, fit_warnings, jacobian, leverage
+from scaling.table import FloatArray
 
 COMPUTE = np.geomspace(1e15, 1e19, 12)
-CHINCHILLA = Path(__file__).parents[3] / "shared" / "data" / "chinchilla" / "svg_extracted_data.csv"
 
 
 def points(x: FloatArray, y: FloatArray) -> Points:
@@ -140,61 +138,28 @@ def test_too_few_points_and_bad_values_are_refused() -> None:
         fit_form(points(COMPUTE, -COMPUTE), "power", loss=False)
 
 
-def grid_nd() -> tuple[FloatArray, FloatArray]:
-    n, d = np.meshgrid(np.geomspace(1e6, 1e9, 6), np.geomspace(1e8, 1e11, 5))
-    return n.ravel(), d.ravel()
+def broken(x: FloatArray) -> FloatArray:
+    return 2.0 * x**-0.02 * (1 + (x / 1e12) ** (1 / 0.8)) ** (-0.05 * 0.8)
 
 
-@pytest.mark.parametrize("truth", [(406.4, 410.7, 1.69, 0.34, 0.28), (20.0, 3000.0, 0.6, 0.2, 0.45)])
-def test_two_variable_law_is_recovered_without_noise(truth: tuple[float, ...]) -> None:
-    n, d = grid_nd()
-    a, b, e, alpha, beta = truth
-    fit = nd.fit_nd(n, d, e + a * n**-alpha + b * d**-beta)
-    assert (fit.A, fit.B, fit.E, fit.alpha, fit.beta) == pytest.approx(truth, rel=2e-4)
-    best_n, best_d = fit.optimal(1e20)
-    assert 6 * best_n * best_d == pytest.approx(1e20)
-    nearby = best_n * np.array([0.9, 1.0, 1.1])
-    assert np.argmin(fit.at(nearby, 1e20 / 6 / nearby)) == 1
+def test_a_broken_power_law_is_recovered_inverted_and_chosen() -> None:
+    x = np.geomspace(1e9, 1e15, 16)
+    curves = laws.solve("broken", x, broken(x), loss=True)
+    found = {name: float(value[0]) for name, value in curves.params().items()}
+    assert found == pytest.approx({"a": 2.0, "b": 0.02, "c": 0.05, "d": 1e12, "f": 0.8}, rel=1e-4)
+    np.testing.assert_allclose(curves.inverse(broken(x))[0], np.log(x), atol=1e-4)
+    noisy = points(x, broken(x) * np.exp(np.random.default_rng(0).normal(0, 0.003, 16)))
+    assert choose(fit_forms(noisy, loss=True)) == "broken"
+    straight = points(x, (0.5 + 30 * x**-0.2) * np.exp(np.random.default_rng(0).normal(0, 0.003, 16)))
+    assert choose(fit_forms(straight, loss=True)) == "power_const"
+    assert "broken" not in fit_forms(points(x[:11], broken(x[:11])), loss=True)
 
 
-def test_gradient_of_the_two_variable_objective() -> None:
-    n, d = grid_nd()
-    loss = (1.7 + 400 * n**-0.34 + 400 * d**-0.28) * np.exp(np.random.default_rng(0).normal(0, 0.02, len(n)))
-    problem = nd._Problem(n, d, loss)
-    theta = np.array([-0.5, -0.7, 0.5, 0.3, 0.3])
-    for delta in (1e-3, 0.3):
-        _, gradient = problem.objective(theta, delta)
-        numeric = approx_fprime(theta, lambda t, delta=delta: problem.objective(t, delta)[0], 1e-7)
-        np.testing.assert_allclose(gradient, numeric, rtol=1e-3)
-
-
-def test_two_variable_law_refuses_what_it_cannot_fit() -> None:
-    n, d = grid_nd()
-    with pytest.raises(TableError, match="six runs"):
-        nd.fit_nd(n[:5], d[:5], n[:5])
-    with pytest.raises(TableError, match="distinct values of N"):
-        nd.fit_nd(np.ones_like(n), d, d)
-    with pytest.raises(TableError, match="positive"):
-        nd.fit_nd(n, d, -d)
-
-
-@pytest.mark.skipif(not CHINCHILLA.is_file(), reason="the digitised Chinchilla points are not part of the project")
-def test_chinchilla_points_give_the_known_optimum() -> None:
-    """240 runs (the five worst losses dropped): the Huber optimum and, roughly, Epoch's bootstrap errors."""
-    with CHINCHILLA.open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    n, flop, loss = (np.array([float(r[c]) for r in rows]) for c in ("Model Size", "Training FLOP", "loss"))
-    keep = loss < np.sort(loss)[-5]
-    n, d, loss = n[keep], (flop / 6 / n)[keep], loss[keep]
-    fit = nd.fit_nd(n, d, loss)
-    assert len(n) == 240
-    assert fit.objective == pytest.approx(0.0010182740178, rel=1e-8)
-    known = (477.8259, 2143.4174, 1.817218, 0.347310, 0.367172)
-    assert (fit.A, fit.B, fit.E, fit.alpha, fit.beta) == pytest.approx(known, rel=1e-5)
-    assert fit.share == 1.0
-    assert fit.a == pytest.approx(0.513900, abs=1e-5)
-    draws = nd.bootstrap_nd(n, d, loss, fit, n_boot=120, seed=42)
-    assert np.std(draws["alpha"]) == pytest.approx(0.0154, rel=0.25)
-    low, high = nd.intervals_nd(draws)["E"]
-    assert low == pytest.approx(1.769, abs=0.015)
-    assert high == pytest.approx(1.871, abs=0.015)
+def test_derivatives_of_a_broken_law_are_those_of_differences() -> None:
+    x = np.geomspace(1e9, 1e15, 16)
+    curves = laws.solve("broken", x, broken(x), loss=True)
+    columns, step = jacobian(curves, x), 1e-6
+    for place, name in ((3, "m"), (4, "f")):
+        moved = replace(curves, breaks={**curves.breaks, name: curves.breaks[name] + step})
+        slope = (np.log(moved.at(x)[0]) - np.log(curves.at(x)[0])) / step
+        np.testing.assert_allclose(slope, -curves.breaks["c"] * columns[:, place], rtol=1e-3, atol=1e-6)

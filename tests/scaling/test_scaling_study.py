@@ -184,7 +184,7 @@ def test_the_joint_law_is_fitted_where_both_sizes_vary(tmp_path: Path) -> None:
     assert joint is not None
     assert joint.fit.params["E"] == pytest.approx(0.75, abs=1e-3)
     assert joint.fit.params["beta"] == pytest.approx(0.45, abs=1e-2)
-    assert joint.intervals["E"][0] <= joint.fit.E + 1e-6
+    assert joint.draws.intervals()["E"][0] <= joint.fit.params["E"] + 1e-6
     assert "In parameters N and targets D" in (tmp_path / "r.html").read_text(encoding="utf-8")
     assert '"share_of_starts"' in json.dumps(analysis.to_json(), allow_nan=False)
     for rows in (grid_rows()[:7], grid_rows(targets=1e5), [{**r, "targets": r["dense_params"]} for r in grid_rows()]):
@@ -234,7 +234,7 @@ def test_forms_are_told_apart_on_the_cuts_they_share() -> None:
     x = np.geomspace(1e10, 1e15, 12)
     noise = np.random.default_rng(3).normal(0, 2e-3, 12)
     points = Points(x, tuple(np.array([v]) for v in 0.9 - 0.01 * np.log(x / 1e10) + noise))
-    fits = fit_forms(points, loss=True)
+    fits = fit_forms(points, loss=True, forms=("loglin", "power", "power_const"))
     shared = set.intersection(*({cut.cut for cut in fit.held_out} for fit in fits.values()))
     assert len(shared) == len(fits["power_const"].held_out) == 4
     assert len(fits["loglin"].held_out) == 5
@@ -265,3 +265,14 @@ def test_a_flat_base_has_no_equal_quality_ratio(tmp_path: Path) -> None:
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "the compute for equal quality is not determined by these trials" in page
     assert "times less C" not in page
+
+
+def test_a_table_without_families_is_one(tmp_path: Path) -> None:
+    x = np.geomspace(1e12, 1e15, 10)
+    rows = [{"c": float(a), "my_error": float(0.6 + 3 * a**-0.1)} for a in x]
+    analysis = write_report(table(*rows), tmp_path / "r.html", title="t", metric="my_error", x="c", n_boot=50)
+    (family,) = analysis.panels[0].families
+    assert family.name == "all runs"
+    assert family.chosen == "power_const"
+    with pytest.raises(TableError, match="'kind' is missing"):
+        analyse(table(*rows), "my_error", x="c", group="kind")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from scaling.table import TableError, read_table
@@ -85,3 +87,16 @@ def test_missing_file_bad_bytes_bad_json_and_missing_column(tmp_path: Path) -> N
         read_table(write(tmp_path, "{oops\n", "x.jsonl"))
     with pytest.raises(TableError, match=r"good\.csv: the column 'auc' is missing"):
         read_table(write(tmp_path, GOOD, "good.csv")).require("auc")
+
+
+def test_parquet_is_read_as_csv_is(tmp_path: Path) -> None:
+    columns = {"family": ["a", None], "ne": [0.5, float("nan")], "train_flops": [1e12, 2e12], "seed": [0, 1]}
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    (tmp_path / "t.csv").write_text("family,ne,train_flops,seed\na,0.5,1e12,0\n,,2e12,1\n", encoding="utf-8")
+    parquet, text = read_table([tmp_path / "t.parquet"]), read_table([tmp_path / "t.csv"])
+    for name in ("ne", "train_flops", "seed"):
+        np.testing.assert_array_equal(parquet.numbers(name), text.numbers(name))
+    assert parquet.text("family") == text.text("family")
+    (tmp_path / "bad.parquet").write_bytes(b"nothing")
+    with pytest.raises(TableError, match=r"bad\.parquet: not a parquet table"):
+        read_table([tmp_path / "bad.parquet"])

@@ -1,0 +1,1 @@
+"""Laws in several variables: parameters, data and history length together."""
