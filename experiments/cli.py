@@ -14,11 +14,9 @@ from tyro.conf import Positional
 from tyro.conf import UseAppendAction as Many
 
 from experiments.data_commands import DATA
+from experiments.law_commands import LAW_COMMANDS, PLACE, Somewhere
 from genrec_jax.errors import UserError
 from scaling.table import TableError
-
-_PLACE = tyro.conf.arg(metavar="PATH|URL")
-Somewhere = Annotated[str, _PLACE]
 
 
 def train(
@@ -96,7 +94,7 @@ def sweep(
     pack: int = 1,
     mesh: str | None = None,
     remat: bool = False,
-    out: Annotated[str | None, _PLACE] = None,
+    out: Annotated[str | None, PLACE] = None,
     dry_run: bool = False,
     quiet: bool = False,
 ) -> None:
@@ -127,41 +125,6 @@ def sweep(
     where = ExecutorConfig(executor, workers, address, cpus, gpus, slurm)
     how = Training(pack, mesh, remat)
     sys.exit(run_named(name, data, budget, where=where, how=how, out=target, dry_run=dry_run, quiet=quiet))
-
-
-def fit(
-    tables: Positional[tuple[Path, ...]],
-    *,
-    json: Path | None = None,
-    y: str | None = None,
-    x: str = "train_flops",
-    group: str = "family",
-) -> None:
-    """Fit scaling laws to results tables and print them with 95 % intervals.
-
-    Args:
-        tables: CSV or JSONL tables, or folders of studies.
-        json: Write parameters, intervals and warnings here.
-        y: Metric column (default: ne, else logloss, else hr@10).
-        x: Column of the compute axis.
-        group: Column that tells the curves apart.
-    """
-    from experiments.fitting import fit_and_print
-
-    fit_and_print(tables, y, x, group, json)
-
-
-def report(runs: Positional[tuple[Somewhere, ...]], *, out: Somewhere) -> None:
-    """Write one self-contained HTML report of studies or results tables.
-
-    Args:
-        runs: Folders of studies, folders that hold several of them, or results tables; also URLs of a store.
-        out: HTML file to write.
-    """
-    from experiments.run import write_report
-    from genrec_jax.train.places import place
-
-    write_report([place(run) for run in runs], place(out))
 
 
 def recipe(
@@ -335,8 +298,7 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
     "train": train,
     "plan": plan,
     "sweep": sweep,
-    "fit": fit,
-    "report": report,
+    **LAW_COMMANDS,
     "recipe": recipe,
     "results": results,
     "compare": compare,

@@ -43,7 +43,7 @@ def _law(family: Mapping[str, Any], equations: Mapping[str, str]) -> str:
 
 
 def fit_law_and_print(
-    tables: Sequence[Path],
+    table: scaling.Table,
     law: str,
     columns: scaling.Columns,
     *,
@@ -52,7 +52,6 @@ def fit_law_and_print(
     out: Path | None,
 ) -> None:
     """Fits one law, prints it with its 95 % intervals, and writes all there is to say as JSON."""
-    table = scaling.read_table(list(tables))
     result = scaling.fit_law(table, law, columns, estimator=estimator, resampling=resampling)
     if out is not None:
         scaling.write_json(out, result)

@@ -68,21 +68,24 @@ def run_named(
     return 1 if summary.failed else 0
 
 
-def write_report(runs: Sequence[Place], out: Place) -> None:
+def write_report(
+    runs: Sequence[Place], out: Place, *, y: str | None = None, x: str = "train_flops", group: str = "family"
+) -> None:
     """Writes one page for study folders, folders of study folders, or tables.
 
-    A single study lends the page its title and question; of several, each opens its own section with them.
+    A single study lends the page its title and question; of several, each opens its own section with them. ``y``,
+    ``x`` and ``group`` are columns; None for the metric of the studies.
     """
     from genrec_jax.train.mirror import brought, taken
 
     with contextlib.ExitStack() as copies:
         here = [copies.enter_context(brought(folder)) for path in runs for folder in _study_folders(path)]
         with taken(out) as page:
-            _write_page(here, page)
+            _write_page(here, page, y, x, group)
     print(f"report {out}")
 
 
-def _write_page(runs: list[Path], out: Path) -> None:
+def _write_page(runs: list[Path], out: Path, y: str | None, x: str, group: str) -> None:
     import scaling
     from experiments.truth import read_notes, read_references
 
@@ -101,7 +104,9 @@ def _write_page(runs: list[Path], out: Path) -> None:
         runs,
         out,
         title=title,
-        y=metric,
+        y=y or metric,
+        x=x,
+        group=group,
         summary=summary,
         intros=intros,
         notes=read_notes(runs),
