@@ -34,7 +34,7 @@ JOINT: dict[str, dict[str, float]] = {
     "history": {"A": 400.0, "B": 1200.0, "G": 0.8, "E": 1.7, "alpha": 0.34, "beta": 0.33, "gamma": 0.5},
     "data_constrained": {"A": 400.0, "B": 1200.0, "E": 1.7, "alpha": 0.34, "beta": 0.33, "R_N": 5.3, "R_D": 15.4},
 }
-CURVE_RUNS, JOINT_RUNS, NOISES = (6, 12, 24), (16, 36, 100), (0.001, 0.01)
+CURVE_RUNS, JOINT_RUNS, NOISES = (6, 12, 24), (16, 49), (0.001, 0.01)
 Held = dict[str, bool]
 
 
