@@ -45,9 +45,10 @@ def estimated_plans(
     The state is exact, and what devices send is the hand count of docs/scaling_out.md. Beside the state a device holds:
 
     - in training the activations of its rows, as the blocks state them, the gradient, the whole of what is divided and
-      gathered, and of large tables with a row-wise rule the rows at hand, their gradient and boxes of either. Traffic:
-      activations written once and read once, and once more written where they are computed again; the state, too;
-      parameters read in either pass.
+      gathered, and of large tables with a row-wise rule the rows at hand, their gradient and boxes of either; of a
+      retriever also the vectors of all items, or of those at hand, with their gradient. Traffic: activations written
+      once and read once, and once more written where they are computed again; the state, too; parameters read in
+      either pass.
     - in scoring no more activations than rematerialisation keeps, what is gathered, and a retriever's vectors of all
       items with some users' scores of them. Traffic: activations and items written once and read as often as used.
     """
@@ -93,11 +94,16 @@ class _Device:
         asked = {} if whole_state else self._asked(lambda m, batch: lookups(m, batch, nnx.Rngs(0, batch=1)))
         lent, borrowed = self._lend(asked, backward=True)
         used, copies = self._parameters(asked, backward=True)
-        for path in asked.keys() - lent:  # the rows of the whole batch, on every device
+        at_hand = {path: ids * (1 if path in lent else shares(self._mesh)) for path, ids in asked.items()}
+        for path in (path for path in asked if path not in lent):  # the rows of the whole batch, on every device
             count, width = rows_of_table(self._params, path).shape
-            at_hand = 4.0 * min(asked[path] * shares(self._mesh), count) * width
-            self._send("all-reduce", row_axes(self._mesh), at_hand)
-            used += at_hand
+            size = 4.0 * min(at_hand[path], count) * width
+            self._send("all-reduce", row_axes(self._mesh), size)
+            used += size
+        if not isinstance(self._alone, Ranker):  # the vectors of items, and their gradient
+            items, width = corpus(self._alone)
+            shared_rows = self._trial.model.item_rows > 0
+            used += 8.0 * width * (items if shared_rows else min([items, *at_hand.values()]))
         self._exchange(cost.exchanges, backward=True)
         activations, full = (one.activation_bytes * self._rows for one in (cost, self._full))
         gradients = used + copies + borrowed
