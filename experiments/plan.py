@@ -100,7 +100,10 @@ def _search(console: Console, planned: Planned, where: Topology, among: Sequence
     for sizes in among:
         console.print(f"planning {mesh_name(sizes)}", style="dim")
         found += planned(where, sizes, ("training",))
-    table = Table("mesh", "bytes a device", "sent a step", "step at least", "bound by", "MFU at most", box=None)
+    table = Table(box=None)
+    table.add_column("mesh", no_wrap=True)
+    for column in ("bytes a device", "sent a step", "step at least", "bound by", "MFU at most"):
+        table.add_column(column)
     for plan in ranked(found):
         told = [_bytes(plan.memory), _bytes(plan.sent), _time(plan.least_seconds), _bound(plan), f"{plan.mfu:.1%}"]
         table.add_row(mesh_name(plan.mesh), *(told if plan.fits else ["does not fit"]))

@@ -178,9 +178,12 @@ def test_a_search_asks_for_the_scoring_of_the_best_mesh_alone(
     monkeypatch.setattr(command, "estimated_plans", counted)
     model = ("hstu", "--topology", "h100:4", "--items", "50", "--set", "train.batch_rows=64")
     assert planned(*model, "--set", "model.heads=4", "--search") == 0
-    told = " ".join(capsys.readouterr().out.split())
+    out = capsys.readouterr().out
+    told, ranking = " ".join(out.split()), out.partition("bound by")[2]
     tried = [mesh for mesh, program in asked if program == "training"]
-    assert {"data=4", "fsdp=4", "context=4", "model=4"} <= set(tried)
+    assert {"data=4", "fsdp=4", "fsdp=2,context=2", "model=4"} <= set(tried)
+    assert all(f" {mesh} " in ranking for mesh in tried)  # none is cut short at 80 columns
+    assert max(map(len, out.splitlines())) <= 80
     scored = [mesh for mesh, program in asked if program == "scoring"]
     assert len(scored) == 2
     assert f"Scoring with {scored[0]} does not fit: it needs" in told
