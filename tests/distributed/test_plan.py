@@ -9,6 +9,8 @@ import pytest
 
 from experiments import plan as command
 from experiments.cli import main
+from genrec_jax.config import Trial
+from genrec_jax.data.schema import Schema
 from genrec_jax.distributed import plan as plans
 from genrec_jax.distributed import topology as topologies
 from genrec_jax.distributed.collectives import Collective
@@ -87,13 +89,17 @@ def test_why_it_does_not_fit(message: str, said: str) -> None:
     assert plans._reason(message) == said
 
 
+@functools.cache
+def compiled_once(trial: Trial, schema: Schema, steps: int, remat: bool) -> list[Plan]:
+    return plans.plans_on(make_mesh({"data": 1}), trial, schema, parse_topology("v5e:1x1"), steps, remat)
+
+
 @pytest.fixture
 def compiled_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs are compiled for one CPU, and reported as those of the topology."""
-    programs = functools.cache(lambda *given: plans.plans_on(make_mesh({"data": 1}), *given))
 
     def here(trial, schema, topology, sizes, steps, remat, asked):
-        found = programs(trial, schema, parse_topology("v5e:1x1"), steps, remat)
+        found = compiled_once(trial, schema, steps, remat)
         both = [dataclasses.replace(plan, topology=topology, mesh=sizes) for plan in found]
         return [plan for plan, name in zip(both, plans.PROGRAMS, strict=True) if name in asked]
 
