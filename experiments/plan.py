@@ -1,6 +1,5 @@
 """``genrec plan``: does a trial fit on TPUs or GPUs that are not here, and how long does it take at least?"""
 
-import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -13,13 +12,15 @@ from experiments.trial import parse_settings
 from genrec_jax.config import Trial, default_trial, override
 from genrec_jax.data.schema import Schema
 from genrec_jax.distributed.collectives import KINDS
+from genrec_jax.distributed.estimates import estimated_plans
 from genrec_jax.distributed.mesh import parse_mesh
-from genrec_jax.distributed.plan import Plan, estimated_step, plan_step
-from genrec_jax.distributed.topology import Topology, larger, parse_topology, prepare
+from genrec_jax.distributed.plan import PROGRAMS, Plan, Program, compiled_plans
+from genrec_jax.distributed.topology import Topology, parse_topology, prepare, slices
 from genrec_jax.errors import UserError
 from genrec_jax.models import registry
 
-Compiled = Callable[[Topology, dict[str, int]], Plan]
+# Of a trial, on a topology, with a mesh, these of its programs.
+Planned = Callable[[Topology, dict[str, int], Sequence[Program]], list[Plan]]
 
 
 def plan_command(
@@ -38,25 +39,32 @@ def plan_command(
     trial, schema, steps = _trial(what, items, tasks, settings)
     if not where.chip.gpu:
         prepare()
-    one = estimated_step if where.chip.gpu else plan_step
-    compiled = functools.partial(one, trial, schema, steps=max(steps, 1), remat=remat)
+
+    def planned(where: Topology, sizes: dict[str, int], programs: Sequence[Program] = PROGRAMS) -> list[Plan]:
+        one = estimated_plans if where.chip.gpu else compiled_plans
+        return one(trial, schema, where, sizes, max(steps, 1), remat, programs)
+
+    console = Console(highlight=False)
+    if where.chip.gpu:
+        console.print("estimated from the model's own accounts; nothing was compiled", style="dim")
     if search:
         if mesh is not None:
             raise UserError("--search looks for a mesh, so it takes no --mesh")
-        heads = 1 if where.chip.gpu else getattr(trial.model, "heads", 1)
-        return _search(compiled, where, meshes(where.devices, trial.train.batch_rows, heads))
+        among = meshes(where.devices, trial.train.batch_rows, getattr(trial.model, "heads", 1))
+        return _search(console, planned, where, among)
     sizes = {"data": where.devices} if mesh is None else parse_mesh(mesh)
-    console = Console(highlight=False)
-    plan = compiled(where, sizes)
-    console.print(_head(what, plan))
-    if where.chip.gpu:
-        console.print("estimated from the model's own accounts; nothing was compiled", style="dim")
-    if plan.fits:
-        console.print(_table(plan, steps))
+    training, scoring = planned(where, sizes)
+    chips = f"{where.chips} chip{'s' * (where.chips > 1)}"
+    console.print(f"{what} on {where.name} ({chips}), mesh {mesh_name(sizes)}; per device:")
+    console.print(_table(training, steps))
+    console.print(f"scoring a batch of {scoring.requests:,} requests beside that state; per device:")
+    console.print(_table(scoring, 0))
+    for name, plan in (("A training step", training), ("Scoring", scoring)):
+        if not plan.fits:
+            console.print(_why(name, plan))
+    if training.fits and scoring.fits:
         return 0
-    console.print(_memory(plan))
-    console.print(f"It does not fit: {plan.problem or f'a step needs {_bytes(plan.memory)} of {_bytes(plan.room)}'}.")
-    console.print(_smallest(compiled, plan, trial.train.batch_rows))
+    console.print(_smallest(planned, training, trial.train.batch_rows))
     return 1
 
 
@@ -83,23 +91,32 @@ def _trial(what: str, items: int | None, tasks: Sequence[str], settings: Sequenc
     return trial, Schema(items + 1, tuple(tasks) or (("click",) if ranks else ())), trial.train.steps
 
 
-def _search(compiled: Compiled, where: Topology, among: Sequence[dict[str, int]]) -> int:
-    """Ranks meshes by the time of a step; those that do not fit come last."""
+def _search(console: Console, planned: Planned, where: Topology, among: Sequence[dict[str, int]]) -> int:
+    """Ranks meshes by the time of a step; those that do not fit come last. Scoring is asked of the first alone, or, if
+    it does not fit there, of the first where it does."""
     if not among:
         raise UserError(f"no mesh of {where.devices} devices divides train.batch_rows and model.heads evenly")
-    console = Console(highlight=False)
     found = []
     for sizes in among:
-        console.print(f"compiling {mesh_name(sizes)}", style="dim")
-        found.append(compiled(where, sizes))
-    table = Table("mesh", "bytes a device", "sent a step", "step at least", "bound by", "MFU at most", box=None)
+        console.print(f"planning {mesh_name(sizes)}", style="dim")
+        found += planned(where, sizes, ("training",))
+    table = Table(box=None)
+    table.add_column("mesh", no_wrap=True)
+    for column in ("bytes a device", "sent a step", "step at least", "bound by", "MFU at most"):
+        table.add_column(column)
     for plan in ranked(found):
-        told = [_bytes(plan.memory), _bytes(plan.sent), _time(plan.step_seconds), _bound(plan)]
-        table.add_row(
-            mesh_name(plan.mesh), *(told if plan.fits else ["does not fit", "", "", ""]), f"{plan.mfu:.1%}" * plan.fits
-        )
+        told = [_bytes(plan.memory), _bytes(plan.sent), _time(plan.least_seconds), _bound(plan), f"{plan.mfu:.1%}"]
+        table.add_row(mesh_name(plan.mesh), *(told if plan.fits else ["does not fit"]))
     console.print(table)
-    return 0 if any(plan.fits for plan in found) else 1
+    for plan in ranked(found):
+        if not plan.fits:
+            break
+        (scoring,) = planned(where, plan.mesh, ("scoring",))
+        if scoring.fits:
+            console.print(f"scoring with {mesh_name(plan.mesh)}: {_fit(scoring, 'batch')}, {_rate(scoring)}")
+            return 0
+        console.print(_why(f"Scoring with {mesh_name(plan.mesh)}", scoring))
+    return 1
 
 
 def meshes(devices: int, rows: int, heads: int) -> list[dict[str, int]]:
@@ -121,58 +138,78 @@ def meshes(devices: int, rows: int, heads: int) -> list[dict[str, int]]:
 
 def ranked(plans: Iterable[Plan]) -> list[Plan]:
     """Those that fit first, the fastest of them first, of equals the one that needs least memory."""
-    return sorted(plans, key=lambda p: (not p.fits, round(p.step_seconds, 6), p.memory))
+    return sorted(plans, key=lambda p: (not p.fits, round(p.least_seconds, 6), p.memory))
 
 
-def _smallest(compiled: Compiled, plan: Plan, rows: int) -> str:
+def _smallest(planned: Planned, plan: Plan, rows: int) -> str:
     """The smallest slice of the same chips that the trial fits on, its parameters divided over all devices."""
-    for where in larger(plan.topology):
+    state = sum(plan.state.values()) * math.prod(plan.mesh.values()) / plan.mesh.get("data", 1)
+    divided = plan.mesh == {"fsdp": plan.topology.devices}
+    for where in slices(plan.topology):
+        if divided and where.chips <= plan.topology.chips:  # fewer devices hold more each
+            continue
         if rows % where.devices:
             return f"No slice up to {rows} devices (train.batch_rows) was found that it fits on."
-        sizes = {"fsdp": where.devices}
-        held = sum(plan.state.values()) * math.prod(plan.mesh.values()) / plan.mesh.get("data", 1)
-        if held / where.devices > plan.room:  # no need to ask the compiler
+        if state / where.devices > plan.room:  # no need to ask the compiler
             continue
-        tried = compiled(where, sizes)
-        if tried.fits:
-            return f"The smallest slice that it fits on is {where.name} with --mesh {mesh_name(sizes)}: {_fit(tried)}."
-    return f"It fits on no slice of {plan.topology.name.partition(':')[0]} chips."
+        sizes = {"fsdp": where.devices}
+        training, scoring = planned(where, sizes, PROGRAMS)
+        if training.fits and scoring.fits:
+            return (
+                f"The smallest slice that it fits on is {where.name} with --mesh {mesh_name(sizes)}: "
+                f"{_fit(training, 'step')}; scoring {_fit(scoring, 'batch')}."
+            )
+    return f"It fits on no slice of {plan.topology.kind} chips."
 
 
-def _fit(plan: Plan) -> str:
-    return f"{_bytes(plan.memory)} of {_bytes(plan.room)} a device, a step of {_time(plan.step_seconds)} at least"
+def _why(name: str, plan: Plan) -> str:
+    """That a program does not fit, and why."""
+    reason = plan.problem or f"it needs {_bytes(plan.memory)} of {_bytes(plan.room)} a device"
+    tables = f" (every device gathers {_bytes(plan.gathered)} of tables)" if plan.gathered else ""
+    return f"{name} does not fit: {reason}{tables}."
 
 
-def _head(what: str, plan: Plan) -> str:
-    chips = f"{plan.topology.chips} chip{'s' * (plan.topology.chips > 1)}"
-    return f"{what} on {plan.topology.name} ({chips}), mesh {mesh_name(plan.mesh)}; per device:"
+def _fit(plan: Plan, what: str) -> str:
+    return f"{_bytes(plan.memory)} of {_bytes(plan.room)} a device, a {what} of {_time(plan.least_seconds)} at least"
 
 
-def _memory(plan: Plan) -> Table:
-    table = Table(show_header=False, box=None)
-    for kind, size in plan.state.items():
-        table.add_row(kind, _bytes(size))
-    if not plan.problem:
-        table.add_row("batch", _bytes(plan.batch))
-        table.add_row("activations, temporaries", _bytes(plan.temporaries))
-        table.add_row("memory", f"{_bytes(plan.memory)} of {_bytes(plan.room)}")
-    return table
+def _rate(plan: Plan) -> str:
+    return f"{plan.requests_per_second:,.0f} requests a second at most"
 
 
 def _table(plan: Plan, steps: int) -> Table:
-    table = _memory(plan)
+    """A plan in full. ``steps``: of the trial, 0 if they are not known, or for a scoring."""
+    table = Table(show_header=False, box=None)
+    if not plan.requests:
+        for kind, size in plan.state.items():
+            table.add_row(kind, _bytes(size))
+    if plan.gathered:
+        table.add_row("tables, gathered", _bytes(plan.gathered))
+    if plan.problem:
+        return table
+    table.add_row("batch", _bytes(plan.batch))
+    table.add_row("activations, temporaries", _bytes(plan.temporaries))
+    table.add_row("memory", f"{_bytes(plan.memory)} of {_bytes(plan.room)}")
+    if not plan.fits:
+        return table
     table.add_row("FLOPs of the model", f"{plan.flops:.3g}")
+    if plan.more_flops > 0.001 * plan.flops:
+        table.add_row("alike or again", f"{plan.more_flops:.3g}")
     table.add_row("HBM traffic", _bytes(plan.traffic))
+    what = "batch" if plan.requests else "step"
     for kind in KINDS:
         calls = [one.sent for one in plan.collectives if one.kind == kind]
         if calls:
-            table.add_row(f"{kind}, {len(calls)} a step", f"{_bytes(sum(calls))} sent")
-    for what, seconds in plan.seconds().items():
-        table.add_row(f"time of {what}", _time(seconds))
-    table.add_row("step", f"{_time(plan.step_seconds)} at least, bound by {_bound(plan)}")
+            table.add_row(f"{kind}, {len(calls)} a {what}", f"{_bytes(sum(calls))} sent")
+    for part, seconds in plan.seconds().items():
+        table.add_row(f"time of {part}", _time(seconds))
+    table.add_row(what, f"{_time(plan.least_seconds)} at least, bound by {_bound(plan)}")
+    if plan.requests:
+        table.add_row("rate", _rate(plan))
+        return table
     table.add_row("MFU", f"{plan.mfu:.1%} at most")
     if steps:
-        hours = steps * plan.step_seconds / 3600
+        hours = steps * plan.least_seconds / 3600
         table.add_row(
             f"{steps:,} steps", f"{_time(3600 * hours)} at least, {hours * plan.topology.chips:.3g} chip-hours"
         )

@@ -9,8 +9,9 @@ import numpy as np
 from kernels_pallas.target import target
 
 _CHUNK = 256  # positions whose logits are held at a time
-# Rows of the item table gathered at a time: on a CPU they must stay in the second-level caches (index True).
-_GATHERED_ROWS = (2**19, 2**13)
+# What is gathered of the item table at a time: on a CPU, whose second-level caches it must stay in, so many rows; on
+# accelerators, where it is memory, so many numbers (128 MiB).
+_GATHERED_ROWS, _GATHERED_NUMBERS = 2**13, 2**25
 _LANES = 16  # float32 numbers of a vector register
 _BLOCK = 2048  # items whose logits of one chunk the full softmax holds at a time
 
@@ -200,7 +201,8 @@ def _gathered_forward(
         return (total + loss, d_items), (jnp.einsum("pr,prd->pd", d_logits, rows), d_w)
 
     start = (jnp.zeros((), scaled.dtype), jnp.zeros_like(items))
-    size = _GATHERED_ROWS[target() == "cpu"] // ids.shape[1]
+    rows_at_once = _GATHERED_ROWS if target() == "cpu" else _GATHERED_NUMBERS // items.shape[1]
+    size = rows_at_once // ids.shape[1]
     (total, d_items), (d_scaled, d_weights) = jax.lax.scan(chunk, start, _in_chunks(scaled, ids, weights, size))
     d_scaled = d_scaled.reshape(-1, d_scaled.shape[-1])[:positions, :width]
     return total, (d_scaled, d_items[:, :width], d_weights.reshape(-1)[:positions])

@@ -189,6 +189,11 @@ def _prefetched(make: _ChunkAt, start: int, workers: int) -> Any:
     return ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_AHEAD))
 
 
+def evaluation_shape(config: DataConfig, goal: Goal) -> Shape:
+    """Of the rows that are evaluated: a ranker's hold one request each, a retriever's are packed as in training."""
+    return dataclasses.replace(config.shape, segments=config.segments if goal == "retrieval" else 1)
+
+
 class EvaluationBatches:
     """Batches of the impressions that every model is evaluated on; can be iterated again and again.
 
@@ -200,10 +205,10 @@ class EvaluationBatches:
         self.impressions = table.candidates
         self.fingerprint = _fingerprint(sequences, part, table)
         self._items = np.asarray(sequences.item)[_targets(table)]
-        segments = config.segments if goal == "retrieval" else 1
-        self._assemble = Assembler(sequences, table, Shape(config.history, config.candidates, segments))
-        plan = plan_segments(table.history_length, config.history, segments, seed=0)
-        self._plan = np.full((-(-len(plan) // batch_rows) * batch_rows, segments), EMPTY, np.int64)
+        shape = evaluation_shape(config, goal)
+        self._assemble = Assembler(sequences, table, shape)
+        plan = plan_segments(table.history_length, config.history, shape.segments, seed=0)
+        self._plan = np.full((-(-len(plan) // batch_rows) * batch_rows, shape.segments), EMPTY, np.int64)
         self._plan[: len(plan)] = plan
         self._batch_rows = batch_rows
 

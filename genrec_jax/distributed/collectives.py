@@ -21,12 +21,14 @@ _CHAIN = re.compile(r'chain_id="([0-9]+)"')
 @dataclass(frozen=True)
 class Collective:
     """A collective of one step. kind: of `KINDS`. group: devices that take part in one. payload: bytes of its largest
-    side, a device's input or output. sent: bytes that a device sends if they stand in a ring."""
+    side, a device's input or output. sent: bytes that a device sends if they stand in a ring. between_nodes: of GPUs
+    (estimates alone)."""
 
     kind: str
     group: int
     payload: float
     sent: float
+    between_nodes: bool = False
 
 
 def collectives(text: str, devices: int) -> tuple[Collective, ...]:
@@ -66,8 +68,8 @@ def _group(line: str, devices: int) -> int:
     return len(listed[1].split(",")) if listed and listed[1] else devices
 
 
-def ring(kind: str, group: int, payload: float) -> Collective:
+def ring(kind: str, group: int, payload: float, *, between_nodes: bool = False) -> Collective:
     """A collective of ``group`` devices in a ring."""
     others = (group - 1) / group
     sent = {"all-reduce": 2 * others, "collective-permute": 1.0}.get(kind, others)
-    return Collective(kind, group, payload, payload * sent)
+    return Collective(kind, group, payload, payload * sent, between_nodes)

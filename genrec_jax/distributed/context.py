@@ -8,7 +8,7 @@ the same number of heads, whatever the mask, and the kernels are those of one de
 All of it is for functions inside `jax.shard_map`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from genrec_jax.distributed import crossing
+from genrec_jax.nn.cost import Cost, Exchange
 from kernels_pallas.gated_norm import Part
 from kernels_pallas.hstu_attention import Columns, heads_apart
 
@@ -70,6 +71,19 @@ class Context(NamedTuple):
             return among
         start, whole = (0, heads) if among is None else among
         return Part(start + self._index() * (heads // self.size), whole)
+
+    def cost(self, token_bytes: float, widths: Sequence[int]) -> Cost:
+        """Of :meth:`attend`: q, k, v and its result have these ``widths``; ``token_bytes``: of one number of each of a
+        chunk's tokens."""
+        if self.size == 1:
+            return Cost()
+        sizes = [token_bytes * width for width in widths]
+        return Cost(exchanges=tuple(Exchange("all-to-all", self.axis, size, size) for size in sizes))
+
+    def joined(self, chunk_bytes: float) -> Cost:
+        """Of :meth:`divided`, whose cotangents are put together, and :meth:`together`."""
+        whole = chunk_bytes * self.size
+        return Cost(exchanges=(Exchange("all-gather", self.axis, whole, whole),)) if self.size > 1 else Cost()
 
     def _index(self) -> jax.Array:
         return jax.lax.axis_index(self.axis)

@@ -57,13 +57,13 @@ def rows_of(mesh: Mesh | AbstractMesh) -> PartitionSpec:
     return PartitionSpec(row_axes(mesh))
 
 
-def context_of(mesh: Mesh | None) -> Context:
+def context_of(mesh: Mesh | AbstractMesh | None) -> Context:
     """The devices that divide the tokens of a row among them."""
     size = 1 if mesh is None else mesh.shape.get("context", 1)
     return Context("context", size) if size > 1 else ALONE
 
 
-def tensor_of(mesh: Mesh | None) -> Tensor:
+def tensor_of(mesh: Mesh | AbstractMesh | None) -> Tensor:
     """The devices that divide heads, hidden units and experts among them."""
     size = 1 if mesh is None else mesh.shape.get("model", 1)
     return Tensor("model", size) if size > 1 else UNDIVIDED

@@ -1,42 +1,53 @@
-"""What a training step takes on devices that are not here: on a TPU the step itself, compiled by its own compiler; on
-GPUs, whose compiler needs one, an estimate from the accounts that the models state."""
+"""What training steps and scorings take on devices that are not here: on a TPU the programs themselves, compiled by its
+own compiler. GPUs, whose compiler needs one, are in genrec_jax/distributed/estimates.py."""
 
 import dataclasses
 import math
 import re
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
 
 import jax
 import numpy as np
-from flax import nnx
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from genrec_jax.batch import Batch, Shape
 from genrec_jax.config import Trial
+from genrec_jax.data.pipeline import evaluation_shape
 from genrec_jax.data.schema import Schema
-from genrec_jax.distributed.collectives import Collective, collectives, ring
-from genrec_jax.distributed.mesh import context_of, make_mesh, placed, rows_of, share_of, shares, tensor_of
-from genrec_jax.distributed.tables import boxes_for, lent_on
-from genrec_jax.distributed.topology import Topology
+from genrec_jax.distributed.collectives import Collective, collectives
+from genrec_jax.distributed.mesh import context_of, make_mesh, placed, rows_of, share_of, tensor_of
+from genrec_jax.distributed.tables import lent_on
+from genrec_jax.distributed.tensor import place
+from genrec_jax.distributed.topology import ADAPTER, Topology
 from genrec_jax.errors import UserError
+from genrec_jax.models.base import Ranker
 from genrec_jax.models.registry import Model
+from genrec_jax.nn.embedding import tables
 from genrec_jax.nn.stack import over_devices, rematerialised
 from genrec_jax.retrieval_loss import Popularity
-from genrec_jax.train.estimate import abstract_batch, abstract_model, init_params
+from genrec_jax.train.estimate import abstract_batch, abstract_model, init_params, scoring_flops
+from genrec_jax.train.evaluate import batch_rows, scoring
 from genrec_jax.train.optimizer import is_table, make_optimizer, make_row_rule
-from genrec_jax.train.rows import Place, lookups
-from genrec_jax.train.rows import rows_of as rows_of_table
-from genrec_jax.train.step import bind, init_state, make_step, pieces_here
+from genrec_jax.train.step import State, init_state, make_step, pieces_here
 from kernels_pallas.target import compiling_for
+
+Program = Literal["training", "scoring"]
+PROGRAMS: tuple[Program, ...] = ("training", "scoring")
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A training step on each device of a mesh.
+    """A program on each device of a mesh: a training step, or the scoring of an evaluation's batch, beside which the
+    trial's state stays where it is.
 
     state: bytes of what it holds between steps, by kind. batch, temporaries: bytes beside it while it runs, by the
-    compiler's account. flops: the model's own account (3 x forward), a device's share. traffic: bytes to and from
-    HBM, by the compiler's account. problem: why it does not fit, in which case all after ``state`` is 0.
+    compiler's account. gathered: bytes of divided tables that every device has whole meanwhile, among the temporaries
+    (of a scoring). flops: the model's own account (3 x forward; of a scoring 1 x), a device's share. more_flops: what a
+    device computes beside them, with others alike or once more (estimates alone). traffic: bytes to and from HBM, by
+    the compiler's account. requests: that a batch to be scored holds, on all devices together. problem: why it does
+    not fit, in which case the others after ``gathered`` are 0.
     """
 
     topology: Topology
@@ -44,14 +55,17 @@ class Plan:
     state: dict[str, float]
     batch: float = 0.0
     temporaries: float = 0.0
+    gathered: float = 0.0
     flops: float = 0.0
+    more_flops: float = 0.0
     traffic: float = 0.0
     collectives: tuple[Collective, ...] = ()
+    requests: int = 0
     problem: str = ""
 
     @property
     def memory(self) -> float:
-        """Bytes on a device while a step runs."""
+        """Bytes on a device while the program runs."""
         return sum(self.state.values()) + self.batch + self.temporaries
 
     @property
@@ -60,7 +74,7 @@ class Plan:
 
     @property
     def sent(self) -> float:
-        """Bytes that a device sends in a step."""
+        """Bytes that a device sends."""
         return sum(one.sent for one in self.collectives)
 
     @property
@@ -69,152 +83,138 @@ class Plan:
         return self.topology.chip.memory / self.topology.chip.devices
 
     def seconds(self) -> dict[str, float]:
-        """The least a step can take, by what takes it: products, HBM, links. They may run beside one another."""
+        """The least the program can take, by what takes it: products, HBM, links. They may run beside one another."""
         chip, share = self.topology.chip, self.topology.chip.devices
+        links = sum(one.sent / (ADAPTER if one.between_nodes else chip.links / share) for one in self.collectives)
         return {
-            "products": self.flops / (chip.flops / share),
+            "products": (self.flops + self.more_flops) / (chip.flops / share),
             "HBM": self.traffic / (chip.bandwidth / share),
-            "links": self.sent / (self.topology.links / share),
+            "links": links,
         }
 
     @property
-    def step_seconds(self) -> float:
-        """A bound from below: no step is shorter than its longest part."""
+    def least_seconds(self) -> float:
+        """A bound from below: no program is shorter than its longest part."""
         return max(self.seconds().values())
 
     @property
     def mfu(self) -> float:
         """Of that bound: none can be higher."""
-        return self.seconds()["products"] / self.step_seconds if self.step_seconds else 0.0
+        own = self.flops / (self.topology.chip.flops / self.topology.chip.devices)
+        return own / self.least_seconds if self.least_seconds else 0.0
+
+    @property
+    def requests_per_second(self) -> float:
+        """Of that bound, on all devices together: none can be higher."""
+        return self.requests / self.least_seconds if self.least_seconds else 0.0
 
 
-def plan_step(
-    trial: Trial, schema: Schema, topology: Topology, sizes: dict[str, int], steps: int, remat: bool = False
-) -> Plan:
-    """Compiles the step that `genrec train` would run, for every device of the topology; nothing is allocated.
+def compiled_plans(
+    trial: Trial,
+    schema: Schema,
+    topology: Topology,
+    sizes: dict[str, int],
+    steps: int,
+    remat: bool = False,
+    programs: Sequence[Program] = PROGRAMS,
+) -> list[Plan]:
+    """Compiles what `genrec train` would run, for every device of the topology; nothing is allocated.
 
     ``steps``: of the trial, for the schedule of its learning rate. ``remat``: as of `train`. Call `topology.prepare`
     first. Raises UserError for a mesh that the topology or the batch cannot be divided by.
     """
     from jax.experimental import topologies
 
-    _check_devices(sizes, topology)
+    check_devices(sizes, topology)
     found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name)
     with compiling_for("tpu"):
-        return plan_on(make_mesh(sizes, found.devices), trial, schema, topology, steps, remat)
+        return plans_on(make_mesh(sizes, found.devices), trial, schema, topology, steps, remat, programs)
 
 
-def plan_on(mesh: Mesh, trial: Trial, schema: Schema, topology: Topology, steps: int, remat: bool = False) -> Plan:
-    """As :func:`plan_step`, for the devices of a mesh."""
-    pieces = pieces_here(trial.train, mesh)
-    model = _trained(trial, schema)
+def plans_on(
+    mesh: Mesh,
+    trial: Trial,
+    schema: Schema,
+    topology: Topology,
+    steps: int,
+    remat: bool = False,
+    programs: Sequence[Program] = PROGRAMS,
+) -> list[Plan]:
+    """As :func:`compiled_plans`, for the devices of a mesh."""
+    alone, model = trained(trial, schema), trained(trial, schema)
     model = over_devices(rematerialised(model) if remat else model, context_of(mesh), tensor_of(mesh))
-    optimizer, rule = make_optimizer(trial.train, steps), make_row_rule(trial.train, steps)
-    state = jax.eval_shape(lambda: init_state(init_params(trial, schema), optimizer, trial.seed, rule))
-    there = jax.tree.map(_on, state, placed(mesh, state))
+    state = state_on(mesh, trial, schema, steps)
+    plan = Plan(topology, dict(mesh.shape), held(state))
     rows = NamedSharding(mesh, rows_of(mesh))
-    batch = jax.tree.map(lambda x: _on(x, rows), abstract_batch(trial, schema))
-    held, sizes = _held(there), dict(mesh.shape)
-    step: Any = make_step(model, optimizer, pieces, rule, mesh)
+    drafts: list[tuple[Plan, Any]] = []
+    for program in programs:
+        step: Any
+        if program == "training":
+            shape, number = trial.data.shape, trial.train.batch_rows
+            optimizer, rule = make_optimizer(trial.train, steps), make_row_rule(trial.train, steps)
+            step = make_step(model, optimizer, pieces_here(trial.train, mesh), rule, mesh)
+            draft = dataclasses.replace(plan, flops=3.0 * alone.cost(shape).flops * number / mesh.size)
+        else:
+            shape, number = evaluation_shape(trial.data, trial.model.goal), batch_rows(trial.train, mesh)
+            step = _beside_state(scoring(model, mesh))
+            draft = scoring_on(plan, mesh, alone, shape, number, state.params)
+        batch = jax.tree.map(lambda x: _on(x, rows), abstract_batch(schema, shape, number))
+        drafts.append((draft, step.lower(state, batch)))
+    with ThreadPoolExecutor(len(drafts)) as pool:  # the compiler leaves cores idle
+        return list(pool.map(lambda draft: _compiled(*draft), drafts))
+
+
+def _beside_state(score: Callable[[Any, Batch], jax.Array]) -> Any:
+    """(state, batch) -> scores: what is not read of the state takes its room all the same."""
+    return jax.jit(lambda state, batch: score(state.params, batch), keep_unused=True)
+
+
+def _compiled(draft: Plan, lowered: Any) -> Plan:
     try:
-        compiled = step.lower(there, batch).compile()
+        compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return Plan(topology, sizes, held, problem=_reason(str(error)))
+        return dataclasses.replace(draft, flops=0.0, problem=_reason(str(error)))
     memory, counted = compiled.memory_analysis(), compiled.cost_analysis() or {}
-    return Plan(
-        topology,
-        sizes,
-        held,
-        batch=memory.argument_size_in_bytes - sum(held.values()),
+    return dataclasses.replace(
+        draft,
+        batch=memory.argument_size_in_bytes - sum(draft.state.values()),
         temporaries=memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        flops=3.0 * model.cost(trial.data.shape).flops * trial.train.batch_rows / mesh.size,
         traffic=counted.get("bytes accessed", 0.0),
-        collectives=collectives(compiled.as_text(), mesh.size),
+        collectives=collectives(compiled.as_text(), math.prod(draft.mesh.values())),
     )
 
 
-def _trained(trial: Trial, schema: Schema) -> Model:
+def scoring_on(plan: Plan, mesh: Mesh | AbstractMesh, model: Model, shape: Shape, rows: int, params: Any) -> Plan:
+    """The plan of a scoring of ``rows`` of a ``shape``, as far as it is known without a compiler. ``model``: told of no
+    devices."""
+    lent = lent_on(mesh, params, tables(model)) if isinstance(model, Ranker) else ()
+    whole = [
+        math.prod(x.shape) * x.dtype.itemsize
+        for path, x in jax.tree_util.tree_leaves_with_path(params)
+        if is_table(path) and place(path)[:-1] not in lent and share_of(mesh, x.shape, path) != PartitionSpec()
+    ]
+    flops = scoring_flops(model, shape) * rows / mesh.size
+    return dataclasses.replace(plan, gathered=float(sum(whole)), flops=flops, requests=rows * shape.segments)
+
+
+def trained(trial: Trial, schema: Schema) -> Model:
     """The trial's abstract model, fit for its loss, which may need to know how popular items are; these numbers do not
     matter."""
     popularity = Popularity(np.ones(schema.items, np.int64)) if trial.model.goal == "retrieval" else None
     return abstract_model(trial, schema, popularity)
 
 
-def estimated_step(
-    trial: Trial, schema: Schema, topology: Topology, sizes: dict[str, int], steps: int, remat: bool = False
-) -> Plan:
-    """As :func:`plan_step`, for GPUs: nothing is compiled.
-
-    The state is exact. Beside it a device holds the activations of its rows, as the blocks state them, the gradient,
-    the whole of what is divided and gathered, and of large tables with a row-wise rule the rows at hand, their gradient
-    and boxes of either. Traffic: activations and the state written once and read once, parameters read
-    in either pass. Collectives: the hand count of docs/scaling_out.md. Raises UserError for what the
-    accounts do not know: a context, a division of heads, rematerialisation.
-    """
-    _check_devices(sizes, topology)
-    if remat or "context" in sizes or "model" in sizes:
-        raise UserError(f"a plan for {topology.name} is an estimate that knows no --remat, no context and no model")
-    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
-    if trial.train.batch_rows % shares(mesh):
-        raise UserError(f"train.batch_rows ({trial.train.batch_rows}) must be a multiple of {shares(mesh)}")
+def state_on(mesh: Mesh | AbstractMesh, trial: Trial, schema: Schema, steps: int) -> State:
+    """The shapes of a trial's state, and where they are."""
     optimizer, rule = make_optimizer(trial.train, steps), make_row_rule(trial.train, steps)
     state = jax.eval_shape(lambda: init_state(init_params(trial, schema), optimizer, trial.seed, rule))
-    held = _held(jax.tree.map(_on, state, placed(mesh, state)))
-    rows, model = trial.train.batch_rows // mesh.size, _trained(trial, schema)
-    row = model.cost(trial.data.shape)
-    asked = {} if rule is None else _asked(model, trial, schema, state.params, rows)
-    lent = {path: asked.pop(path) for path in lent_on(mesh, state.params, asked)}
-    by_axes = _by_axes(mesh, state.params, {**asked, **lent})
-    for path, ids in asked.items():  # the rows of the whole batch, on every device
-        count, width = rows_of_table(state.params, path).shape
-        by_axes[()] = by_axes.get((), 0.0) + 4.0 * min(ids * mesh.size, count) * width
-    found, borrowed = [], 0.0
-    for axes, payload in by_axes.items():
-        size = math.prod(mesh.shape[axis] for axis in axes)
-        found += [("all-gather", size, payload), ("reduce-scatter", size, payload)] if axes else []
-        found += [("all-reduce", mesh.size // size, payload / size)]
-    for path, ids in lent.items():
-        table = rows_of_table(state.params, path)
-        boxes = boxes_for(mesh, ids, len(table))
-        sent = boxes.devices * boxes.room
-        for one in (4.0, float(table.dtype.itemsize * table.shape[1]), 4.0 * table.shape[1]):  # ids, rows, gradients
-            found += [("all-to-all", boxes.devices, sent * one)]
-        borrowed += 8.0 * (min(ids, len(table)) + sent) * table.shape[1]
-    whole, activations = sum(by_axes.values()), row.activation_bytes * rows
-    gradients = whole + sum(payload for axes, payload in by_axes.items() if axes) + borrowed
-    return Plan(
-        topology,
-        sizes,
-        held,
-        batch=sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(abstract_batch(trial, schema)))
-        / mesh.size,
-        temporaries=activations + gradients,
-        flops=3.0 * row.flops * rows,
-        traffic=2.0 * activations + 2.0 * sum(held.values()) + 2.0 * whole + gradients,
-        collectives=tuple(ring(kind, size, payload) for kind, size, payload in found if size > 1),
-    )
+    return jax.tree.map(_on, state, placed(mesh, state))
 
 
-def _asked(model: Model, trial: Trial, schema: Schema, params: Any, rows: int) -> dict[Place, int]:
-    """How many rows a device that works on ``rows`` of a batch asks each table for, one asked twice counted twice."""
-    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), abstract_batch(trial, schema))
-    asked = jax.eval_shape(lambda p, b: lookups(bind(model, p), b, nnx.Rngs(0, batch=1)), params, batch)
-    return {path: ids.size for path, ids in asked.items()}
-
-
-def _by_axes(mesh: AbstractMesh, params: Any, tables: Collection[Place]) -> dict[tuple[str, ...], float]:
-    """Bytes, in float32, of the parameters without ``tables``, by the axes that divide them."""
-    found: dict[tuple[str, ...], float] = {}
-    for path, x in jax.tree_util.tree_leaves_with_path(params):
-        if tuple(key.key for key in path[:-1]) not in tables:
-            axes = tuple(jax.tree.leaves(tuple(share_of(mesh, x.shape, path))))
-            found[axes] = found.get(axes, 0.0) + 4.0 * math.prod(x.shape)
-    return found
-
-
-def _check_devices(sizes: dict[str, int], topology: Topology) -> None:
+def check_devices(sizes: dict[str, int], topology: Topology) -> None:
+    """Raises UserError for a mesh of another number of devices."""
     if math.prod(sizes.values()) != topology.devices:
         raise UserError(f"the mesh has {math.prod(sizes.values())} devices, {topology.name} has {topology.devices}")
 
@@ -223,7 +223,7 @@ def _on(x: Any, sharding: NamedSharding) -> Any:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
-def _held(state: Any) -> dict[str, float]:
+def held(state: Any) -> dict[str, float]:
     """Bytes on a device of a placed state, by kind."""
     kinds = {"parameters": 0.0, "tables": 0.0, "optimiser": 0.0, "optimiser of tables": 0.0}
     for path, x in jax.tree_util.tree_leaves_with_path(state):
@@ -237,6 +237,6 @@ def _reason(message: str) -> str:
     """Of the compiler, in a sentence."""
     needed = re.search(r"\(([0-9.]+[KMGT])\)\s+exceeds\s+available\s+HBM\s+\(([0-9.]+[KMGT])\)", message)
     if needed:
-        return f"the activations and temporaries of a step alone take {needed[1]}iB of a device's {needed[2]}iB"
+        return f"its activations and temporaries alone take {needed[1]}iB of a device's {needed[2]}iB"
     used = re.search(r"Used ([0-9.]+[KMGT]) of ([0-9.]+[KMGT]) hbm", message)
-    return f"a step takes {used[1]}iB of a device's {used[2]}iB" if used else message.strip().splitlines()[0][:200]
+    return f"it takes {used[1]}iB of a device's {used[2]}iB" if used else message.strip().splitlines()[0][:200]

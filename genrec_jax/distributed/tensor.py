@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from genrec_jax.distributed import crossing
+from genrec_jax.nn.cost import Cost, Exchange
 from kernels_pallas.gated_norm import Part, keep_mask
 
 # Which axis of a parameter its device's heads, hidden units or experts are along: by the last names of its place in a
@@ -96,6 +97,12 @@ class Tensor(NamedTuple):
     def part(self, number: int) -> Part | None:
         """Which of the ``number`` of heads or units are the device's; None for all."""
         return None if self.size == 1 else Part(self._index() * self.share(number), number)
+
+    def cost(self, sum_bytes: float, *, forward: int, backward: int) -> Cost:
+        """Of as many sums over the devices, each of so many bytes, in either pass."""
+        if self.size == 1:
+            return Cost()
+        return Cost(exchanges=(Exchange("all-reduce", self.axis, forward * sum_bytes, backward * sum_bytes),))
 
     def keep(self, key: jax.Array, shape: tuple[int, ...], rate: float, part: Part | None = None) -> jax.Array:
         """The mask of dropout [B, T, units] of the device's units: that part of the mask of all units; ``part``: which

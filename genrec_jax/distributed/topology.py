@@ -27,7 +27,7 @@ class Chip:
 
     flops: bfloat16, a second. memory: bytes of HBM. bandwidth, links: bytes a second of HBM, and sent on all links to
     other chips together. devices: what jax calls so, on one chip. shapes: its slices, small to large.
-    gpu: nodes of eight, between which each chip sends 50 GB/s (a 400 Gb/s adapter).
+    gpu: nodes of eight (`NODE`), between which each chip sends 50 GB/s (`ADAPTER`, of 400 Gb/s).
     """
 
     flops: float
@@ -52,7 +52,7 @@ CHIPS = {
     "h200": Chip(989e12, 141e9, 4800e9, 450e9, 1, _COUNT, gpu=True),
     "b200": Chip(2250e12, 180e9, 7700e9, 900e9, 1, _COUNT, gpu=True),
 }
-_NODE, _ADAPTER = 8, 50e9
+NODE, ADAPTER = 8, 50e9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +68,9 @@ class Topology:
         return self.chips * self.chip.devices
 
     @property
-    def links(self) -> float:
-        """Bytes a second that a chip sends to all others; between nodes of GPUs an adapter bounds it."""
-        return _ADAPTER if self.chip.gpu and self.chips > _NODE else self.chip.links
+    def kind(self) -> str:
+        """Of chip."""
+        return self.name.partition(":")[0]
 
 
 def parse_topology(text: str) -> Topology:
@@ -84,10 +84,9 @@ def parse_topology(text: str) -> Topology:
     return Topology(text, chip, math.prod(map(int, shape.split("x"))))
 
 
-def larger(topology: Topology) -> list[Topology]:
-    """The slices of the same chip with more chips, small to large."""
-    kind = topology.name.partition(":")[0]
-    return [t for t in (parse_topology(f"{kind}:{s}") for s in topology.chip.shapes) if t.chips > topology.chips]
+def slices(topology: Topology) -> list[Topology]:
+    """All slices of the same chip, small to large."""
+    return [parse_topology(f"{topology.kind}:{shape}") for shape in topology.chip.shapes]
 
 
 def prepare() -> None:

@@ -109,5 +109,6 @@ class MLP(nnx.Module):
                 x = dropout(self.activation(x), self.dropout, rngs)
         return x
 
-    def cost(self, rows: int) -> Cost:
-        return total([layer.cost(rows) for layer in self.layers])
+    def cost(self, rows: int, tensor: Tensor = UNDIVIDED) -> Cost:
+        layers = enumerate(self.layers)
+        return total([layer.cost(rows).among(tensor.size, activations=i > 0) for i, layer in layers])

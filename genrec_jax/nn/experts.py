@@ -13,7 +13,7 @@ from flax import nnx
 
 from genrec_jax.distributed.tensor import UNDIVIDED
 from genrec_jax.errors import UserError
-from genrec_jax.nn.cost import Cost, total
+from genrec_jax.nn.cost import Cost, Exchange, total
 
 
 class Stacked(nnx.Module):
@@ -106,13 +106,28 @@ class CGCLevel(nnx.Module):
 
     def cost(self, rows: int, *, one_input: bool) -> Cost:
         """Experts, gates and the weighted sums of experts over ``rows`` vectors."""
-        parts = [layer.cost(rows, one_input=one_input and i == 0) for i, layer in enumerate(self.experts)]
+        alike = [one_input and i == 0 for i in range(len(self.experts))]  # all experts read the same vector
+        parts = [
+            layer.cost(rows, one_input=one).among(self.tensor.size, activations=not one)
+            for layer, one in zip(self.experts, alike, strict=True)
+        ]
+        parts.append(self._exchanged(rows, one_input=one_input))
         if self.gates is not None:
             mixing = 2.0 * rows * self.tasks * (self.specific + self.shared) * self.width
             parts += [self.gates.cost(rows, one_input=one_input), Cost(flops=mixing)]
         if self.shared_gate is not None:
             parts += [self.shared_gate.cost(rows), Cost(flops=2.0 * rows * self.count * self.width)]
         return total(parts)
+
+    def _exchanged(self, rows: int, *, one_input: bool) -> Cost:
+        """What devices that divide the experts send: :meth:`_experts`."""
+        if self.tensor.size == 1:
+            return Cost()
+        first, axis = self.experts[0], self.tensor.axis
+        sent = float(rows * first.inputs * jnp.dtype(first.dtype).itemsize)
+        joined = float(rows * self.count * self.width * jnp.dtype(first.dtype).itemsize)
+        kind, times = ("all-reduce", 1) if one_input else ("all-gather", self.count)
+        return Cost(exchanges=(Exchange(kind, axis, 0.0, times * sent), Exchange("all-gather", axis, joined, 0.0)))
 
 
 class CGC(nnx.Module):

@@ -205,14 +205,18 @@ class HSTUBlock(nnx.Module):
         item = jnp.dtype(self.project.dtype or jnp.float32).itemsize
         after = self.values if self.variant.gate_only else 2 * (self.values + self.keys)
         kept = tokens * (2 * (self.values + self.keys) + after + self.values) * item  # before and after SiLU; A V
+        divided = self.tensor.size
         return total(
             [
                 self.norm.cost(tokens),
-                self.project.cost(tokens),
+                self.project.cost(tokens).among(divided, activations=False),
                 Cost() if self.bias is None else self.bias.cost(),
-                Cost(flops=2.0 * pairs * (self.keys + self.values), activation_bytes=float(kept)),
+                Cost(flops=2.0 * pairs * (self.keys + self.values), activation_bytes=float(kept)).among(divided),
                 self.out_norm.cost(),
-                self.out.cost(tokens),
+                self.out.cost(tokens).among(divided),
+                self.context.cost(tokens * item / divided, (self.keys, self.keys, self.values, self.values)),
+                self.tensor.cost(tokens * item * self.out.out_features, forward=1, backward=1),
+                Cost() if self.variant.group_norm else self.tensor.cost(4.0 * tokens, forward=2, backward=2),
             ]
         )
 

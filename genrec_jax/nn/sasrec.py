@@ -81,16 +81,19 @@ class SASRecBlock(nnx.Module):
     def cost(self, tokens: int, pairs: float) -> Cost:
         """Cost over ``tokens`` tokens of which ``pairs`` (query, key) pairs are visible."""
         width = self.heads * self.head_width
-        item = jnp.dtype(self.project.dtype or jnp.float32).itemsize
-        kept = tokens * 4 * width * item  # X, which keys and values read beside LN(X); Q, K, V
+        item, divided = jnp.dtype(self.project.dtype or jnp.float32).itemsize, self.tensor.size
+        kept = float(tokens * width * item)  # of X, which keys and values read beside LN(X), and of each of Q, K, V
         return total(
             [
                 self.norm.cost(tokens),
-                self.project.cost(tokens),
-                Cost(flops=2.0 * pairs * 2 * width, activation_bytes=float(kept)),
-                self.out.cost(tokens),
+                self.project.cost(tokens).among(divided, activations=False),
+                Cost(activation_bytes=kept),
+                Cost(flops=2.0 * pairs * 2 * width, activation_bytes=3 * kept).among(divided),
+                self.out.cost(tokens).among(divided),
                 self.norm_ffn.cost(tokens),
-                self.inner.cost(tokens),
-                self.outer.cost(tokens),
+                self.inner.cost(tokens).among(divided, activations=False),
+                self.outer.cost(tokens).among(divided),
+                self.context.cost(tokens * item / divided, (width,) * 4),
+                self.tensor.cost(kept, forward=2, backward=3),
             ]
         )

@@ -1,5 +1,6 @@
 """A stack of sequence blocks over one row of tokens."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,7 +48,21 @@ class Stack(nnx.Module):
 
     def cost(self, tokens: int, pairs: float) -> Cost:
         """Cost of one row of ``tokens`` tokens (padding included) with ``pairs`` visible pairs."""
-        return total([block.cost(tokens, pairs) for block in self.blocks])
+        own = self.context.chunk(tokens)
+        blocks = [block.cost(own, pairs / self.context.size) for block in self.blocks]
+        inputs = [block.norm.cost(own).activation_bytes for block in self.blocks]
+        whole = total([*blocks, self.context.joined(inputs[-1])])
+        if not self.remat:
+            return whole
+        return dataclasses.replace(
+            whole,
+            activation_bytes=sum(inputs) + max(block.activation_bytes for block in blocks),
+            again_flops=whole.flops,
+            exchanges=tuple(
+                one if one.kind == "all-gather" else dataclasses.replace(one, backward=one.forward + one.backward)
+                for one in whole.exchanges
+            ),
+        )
 
 
 def _run(block: Block, x: jax.Array, pairs: Plan, rngs: nnx.Rngs | None) -> jax.Array:

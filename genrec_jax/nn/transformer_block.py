@@ -66,16 +66,18 @@ class TransformerBlock(nnx.Module):
     def cost(self, tokens: int, pairs: float) -> Cost:
         """Cost over ``tokens`` tokens of which ``pairs`` (query, key) pairs are visible."""
         width = self.heads * self.head_width
-        item = jnp.dtype(self.project.dtype or jnp.float32).itemsize
+        item, divided = jnp.dtype(self.project.dtype or jnp.float32).itemsize, self.tensor.size
         kept = tokens * (3 + EXPANSION) * width * item  # Q, K, V and the FFN's hidden layer before GELU
         return total(
             [
                 self.norm.cost(tokens),
-                self.project.cost(tokens),
+                self.project.cost(tokens).among(divided, activations=False),
                 self.bias.cost(),
-                Cost(flops=2.0 * pairs * 2 * width, activation_bytes=float(kept)),
-                self.out.cost(tokens),
+                Cost(flops=2.0 * pairs * 2 * width, activation_bytes=float(kept)).among(divided),
+                self.out.cost(tokens).among(divided),
                 self.norm_ffn.cost(tokens),
-                self.ffn.cost(tokens),
+                self.ffn.cost(tokens, self.tensor),
+                self.context.cost(tokens * item / divided, (width,) * 4),
+                self.tensor.cost(tokens * item * width, forward=2, backward=2),
             ]
         )

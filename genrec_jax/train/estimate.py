@@ -15,7 +15,7 @@ from genrec_jax.data.schema import Feature, Schema
 from genrec_jax.data.sequences import load
 from genrec_jax.errors import UserError
 from genrec_jax.models import registry
-from genrec_jax.models.base import Build, Ranker
+from genrec_jax.models.base import Build, Ranker, Retriever
 from genrec_jax.models.registry import Model
 from genrec_jax.nn.cost import Cost
 from genrec_jax.nn.embedding import tables
@@ -84,9 +84,8 @@ def abstract_model(trial: Trial, schema: Schema, popularity: Popularity | None =
     return nnx.eval_shape(lambda: _build(trial, schema, nnx.Rngs(0), popularity))
 
 
-def abstract_batch(trial: Trial, schema: Schema) -> Batch:
-    """The shapes of a training batch, [batch_rows, ...]; see `genrec_jax.batch`."""
-    rows, shape = trial.train.batch_rows, trial.data.shape
+def abstract_batch(schema: Schema, shape: Shape, rows: int) -> Batch:
+    """The shapes of a batch of so many ``rows``, [rows, ...]; see `genrec_jax.batch`."""
 
     def array(width: int, *more: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((rows, width, *more), dtype)
@@ -169,17 +168,29 @@ def account(trial: Trial, model: Model, stream: TrainStream) -> Account:
 
 
 def flops_per_candidate(trial: Trial, model: Model) -> float:
-    """Forward FLOPs of scoring one of a ranker's K candidates, or one of a retriever's corpus.
+    """Forward FLOPs of scoring one of a ranker's K candidates, or one of a retriever's corpus."""
+    flops = scoring_flops(model, Shape(trial.data.history, trial.data.candidates))
+    return flops / (trial.data.candidates if isinstance(model, Ranker) else corpus(model)[0] - 1)
 
-    A retriever embeds the user once and takes a dot product per item. No training loss is in either.
+
+def scoring_flops(model: Model, shape: Shape) -> float:
+    """Forward FLOPs of scoring a row's candidates, or the whole corpus for each of its segments.
+
+    A retriever embeds a user once and takes a dot product per item. No training loss is in either.
     """
-    scoring = model.cost(Shape(trial.data.history, trial.data.candidates))
-    forward = scoring.flops - scoring.loss_flops
+    cost = model.cost(shape)
+    forward = cost.flops - cost.loss_flops
     if isinstance(model, Ranker):
-        return forward / trial.data.candidates
+        return forward
+    rows, width = corpus(model)
+    return forward + 2.0 * shape.segments * width * (rows - 1)
+
+
+def corpus(model: Retriever) -> tuple[int, int]:
+    """The shape of all items' vectors; row 0 is padding, not an item."""
     graph, params = nnx.split(model)
     rows, width = jax.eval_shape(lambda p: nnx.merge(graph, p).items(), params).shape
-    return forward / (rows - 1) + 2.0 * width  # row 0 is padding, not an item
+    return rows, width
 
 
 def _memory(trial: Trial, model: Model, row: Cost) -> float:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from genrec_jax import metrics
 from genrec_jax.batch import Batch
-from genrec_jax.config import Trial
+from genrec_jax.config import TrainConfig, Trial
 from genrec_jax.data.pipeline import EvaluationBatches, evaluation_batches
 from genrec_jax.data.sequences import Sequences
 from genrec_jax.data.splits import Part
@@ -35,11 +35,10 @@ class Evaluator:
         self._sequences = sequences
         self._model = model
         self._scorer = make_scorer(model, mesh)
-        self._rows = trial.train.batch_rows // pieces_here(trial.train, mesh) * shares(mesh)
+        self._rows = batch_rows(trial.train, mesh)
         self._batches = functools.cache(self._cut)
 
     def _cut(self, part: Part) -> EvaluationBatches:
-        # As in training, the parts of a batch are worked on one after another.
         return evaluation_batches(self._sequences, self._trial.data, self._trial.model.goal, part, self._rows)
 
     def fingerprint(self, part: Part) -> str:
@@ -63,10 +62,29 @@ class Evaluator:
         return scored(self._scorer, [params], self._batches(part), self._sequences.schema.tasks)[0]
 
 
-def make_scorer(model: Model, mesh: Mesh | None = None) -> Callable[[Any, Batch], jax.Array]:
-    """The jitted (params, batch) -> logits [B, C, A] of a ranker, or target ranks [B, S] (1 = best) of a retriever.
+def batch_rows(train: TrainConfig, mesh: Mesh | None = None) -> int:
+    """Rows of a batch that is evaluated: as in training, the parts of a batch are worked on one after another."""
+    return train.batch_rows // pieces_here(train, mesh) * shares(mesh)
 
-    The devices of a ``mesh`` share the rows; every process is given the whole batch and gets all of its scores.
+
+def make_scorer(model: Model, mesh: Mesh | None = None) -> Callable[[Any, Batch], jax.Array]:
+    """The jitted :func:`scoring`; every process is given the whole batch on the host and gets all of its scores."""
+    scorer = jax.jit(scoring(model, mesh))
+    if mesh is None:
+        return scorer
+
+    def scored_on(params: Any, batch: Batch) -> jax.Array:
+        rows = len(batch.user)
+        share = share_of_rows(mesh, rows)
+        return scorer(params, on_devices(mesh, jax.tree.map(lambda x: x[share], batch), rows))
+
+    return scored_on
+
+
+def scoring(model: Model, mesh: Mesh | None = None) -> Callable[[Any, Batch], jax.Array]:
+    """(params, batch) -> logits [B, C, A] of a ranker, or target ranks [B, S] (1 = best) of a retriever.
+
+    The devices of a ``mesh`` share the rows, and each gets all scores.
     """
 
     def score(params: Any, batch: Batch, at_hand: dict[Place, jax.Array] | None = None) -> jax.Array:
@@ -74,7 +92,7 @@ def make_scorer(model: Model, mesh: Mesh | None = None) -> Callable[[Any, Batch]
         return bound(batch) if isinstance(bound, Ranker) else _ranks(bound, batch)
 
     if mesh is None:
-        return jax.jit(score)
+        return score
     rows, on_mesh = rows_of(mesh), functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
 
     def score_on(params: Any, batch: Batch) -> jax.Array:
@@ -88,14 +106,7 @@ def make_scorer(model: Model, mesh: Mesh | None = None) -> Callable[[Any, Batch]
         scores = on_mesh(local, in_specs=(specs, rows, rows), out_specs=rows)(params, batch, ids)
         return jax.lax.with_sharding_constraint(scores, NamedSharding(mesh, PartitionSpec()))
 
-    scorer = jax.jit(score_on)
-
-    def scored_on(params: Any, batch: Batch) -> jax.Array:
-        rows = len(batch.user)
-        share = share_of_rows(mesh, rows)
-        return scorer(params, on_devices(mesh, jax.tree.map(lambda x: x[share], batch), rows))
-
-    return scored_on
+    return score_on
 
 
 def _lent(mesh: Mesh, model: Ranker, params: Any, batch: Batch) -> tuple[Any, dict[Place, jax.Array]]:
@@ -109,6 +120,11 @@ def _lent(mesh: Mesh, model: Ranker, params: Any, batch: Batch) -> tuple[Any, di
     found = asked_on(mesh, model, asked, params, (rows_of(mesh),), batch)
     params, lent = borrow(mesh, params, {path: found[path] for path in lent_on(mesh, params, found)})
     return params, {path: own.ids for path, own in lent.items()}
+
+
+def users_at_once(items: int) -> int:
+    """How many users a device scores all ``items`` for at a time."""
+    return max(1, _SCORES // items)
 
 
 def _ranks(model: Model, batch: Batch) -> jax.Array:
@@ -126,7 +142,7 @@ def _ranks(model: Model, batch: Batch) -> jax.Array:
         return metrics.target_ranks(user @ items.T, wanted, left_out)
 
     flat = [x.reshape(-1, *x.shape[2:]) for x in (users, target, seen)]
-    at_once = max(1, _SCORES // items.shape[0])
+    at_once = users_at_once(len(items))
     if at_once >= len(flat[0]):
         return ranks((flat[0], flat[1], flat[2])).reshape(target.shape)
     short = -len(flat[0]) % at_once

@@ -96,14 +96,15 @@ def train_pack(
     # Only a retriever's loss asks how often an item is a target, and a ranker's rows may hold an event many times.
     popularity = Popularity(streams[0].target_counts()) if trial.model.goal == "retrieval" else None
     model = abstract_model(trial, sequences.schema, popularity)
+    counts = [account(one, model, stream) for one, stream in zip(trials, streams, strict=True)]  # devices or not
     model = over_devices(rematerialised(model) if remat else model, context_of(mesh), tensor_of(mesh))
     with contextlib.ExitStack() as opened:
         members = []
-        for one, run_dir, stream in zip(trials, run_dirs, streams, strict=True):
+        for one, run_dir, stream, own in zip(trials, run_dirs, streams, counts, strict=True):
             run_dir.mkdir(parents=True, exist_ok=True)
             records = opened.enter_context(records_of(run_dir))
             write_json(records / "config.json", one.to_json())
-            members.append(Member(one, run_dir, records, stream, account(one, model, stream)))
+            members.append(Member(one, run_dir, records, stream, own))
             opened.callback(members[-1].close)
         return _Pack(members, sequences, model, mesh, on_progress, started).run()
 

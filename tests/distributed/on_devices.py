@@ -15,19 +15,20 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from genrec_jax.config import default_trial, override
+from genrec_jax.config import Trial, default_trial, override
 from genrec_jax.data.pipeline import TrainStream
 from genrec_jax.data.schema import Schema
 from genrec_jax.data.sequences import Sequences
 from genrec_jax.distributed import tables
 from genrec_jax.distributed.collectives import KINDS
+from genrec_jax.distributed.estimates import estimated_plans
 from genrec_jax.distributed.mesh import along, make_mesh, parse_mesh, placed, share_of
-from genrec_jax.distributed.plan import estimated_step, plan_on
+from genrec_jax.distributed.plan import PROGRAMS, Plan, plans_on
 from genrec_jax.distributed.tensor import axis_of
 from genrec_jax.distributed.topology import parse_topology
 from genrec_jax.nn import embedding
 from genrec_jax.retrieval_loss import Popularity
-from genrec_jax.train.estimate import abstract_batch, abstract_model, init_params
+from genrec_jax.train.estimate import abstract_model, init_params
 from genrec_jax.train.optimizer import make_optimizer, make_row_rule
 from genrec_jax.train.step import init_state, make_step
 from tests.data.helpers import random_dataset
@@ -101,38 +102,45 @@ LENT: list[tuple[str, dict[str, Any], tuple[str, ...], int]] = [
 ]
 
 
+def planned(mesh: Mesh, trial: Trial, schema: Schema) -> tuple[dict[str, float], Plan]:
+    """Bytes of the collectives of what is compiled for a mesh, by kind, and of what is estimated for as many GPUs; and
+    the plan of the compiled training step."""
+    compiled = plans_on(mesh, trial, schema, parse_topology("v5e:2x4"), 10)
+    estimated = estimated_plans(trial, schema, parse_topology("h100:8"), dict(mesh.shape), 10)
+    found = {}
+    for by, plans in (("", compiled), ("estimated ", estimated)):
+        for program, plan in zip(PROGRAMS, plans, strict=True):
+            for kind in KINDS:
+                payload = sum(one.payload for one in plan.collectives if one.kind == kind)
+                found[by + "scoring " * (program == "scoring") + kind] = payload
+    differing = sum(estimated[0].state.values()) - sum(compiled[0].state.values())
+    return found | {"estimated state": differing}, compiled[0]
+
+
 def sent(mesh: Mesh) -> dict[str, float]:
-    """Bytes of the collectives of a compiled step of DLRM, by kind, beside those of its parameters."""
+    """What is :func:`planned` for DLRM, beside the bytes of its parameters."""
     trial = override(default_trial("dlrm"), {"train.batch_rows": 16, "model.width": 64, "data.history": 8})
     schema = Schema(items=1024, tasks=("click",))
-    plan = plan_on(mesh, trial, schema, parse_topology("v5e:2x4"), 10)
+    found, plan = planned(mesh, trial, schema)
     arrays = jax.tree.leaves(init_params(trial, schema))
     divided = sum(x.nbytes for x in arrays if "fsdp" in share_of(mesh, x.shape))
-    found = {kind: sum(one.payload for one in plan.collectives if one.kind == kind) for kind in KINDS}
-    guess = estimated_step(trial, schema, parse_topology("h100:8"), dict(mesh.shape), 10)
-    for kind in KINDS:
-        found[f"estimated {kind}"] = sum(one.payload for one in guess.collectives if one.kind == kind)
-    found["estimated state"] = sum(guess.state.values()) - sum(plan.state.values())
     held = {"held": plan.state["parameters"] + plan.state["tables"]}
     return found | held | {"divided": divided, "whole": sum(x.nbytes for x in arrays) - divided}
 
 
 def exchanged(mesh: Mesh) -> dict[str, float]:
-    """Bytes of the collectives of a compiled step of HSTU, by kind, and the sizes of a hand count; dtype float32."""
+    """What is :func:`planned` for HSTU, and the sizes of a hand count; dtype float32."""
     settings = {"train.batch_rows": 16, "train.pieces": 2, "model.width": 64, "model.depth": 3, "model.heads": 4}
     trial = override(default_trial("hstu"), {**settings, "data.history": 21})
     schema = Schema(items=1024, tasks=("click",))
-    plan = plan_on(mesh, trial, schema, parse_topology("v5e:2x4"), 10)
     model: Any = abstract_model(trial, schema)
-    segment = jax.eval_shape(lambda batch: model.layout.tokens(batch).segment, abstract_batch(trial, schema))
-    found = {kind: sum(one.payload for one in plan.collectives if one.kind == kind) for kind in KINDS}
     params = init_params(trial, schema)
     bytes_of: dict[tuple[bool, bool], float] = dict.fromkeys(itertools.product((False, True), repeat=2), 0.0)
     for path, x in jax.tree_util.tree_leaves_with_path(params):
         spec = share_of(mesh, x.shape, path)
         bytes_of[along(spec, "model") is not None, axis_of(path) is not None] += x.nbytes
-    return found | {
-        "tokens": segment.shape[1],
+    return planned(mesh, trial, schema)[0] | {
+        "tokens": model.layout.row_tokens(trial.data.shape),
         "blocks": sum(x.nbytes for x in jax.tree.leaves(params["stack"]["blocks"])),
         "biases": sum(x.nbytes for block in params["stack"]["blocks"].values() for x in block["bias"].values()),
         "taken": bytes_of[True, True],
@@ -142,16 +150,12 @@ def exchanged(mesh: Mesh) -> dict[str, float]:
 
 
 def lent(mesh: Mesh) -> dict[str, float]:
-    """Bytes of the collectives of a compiled step of DLRM, by kind, whose table is large, has a row-wise rule and is in
-    bfloat16; beside them those of its other parameters and the table's width."""
+    """What is :func:`planned` for DLRM, whose table is large, has a row-wise rule and is in bfloat16; beside it the
+    bytes of its other parameters and the table's width."""
     row_wise = {"train.embedding_optimizer": "rowwise_adagrad", "train.embedding_precision": "bfloat16"}
     settings = {"train.batch_rows": 16, "model.width": 64, "data.history": 24, "data.candidates": 8, **row_wise}
     trial, schema = override(default_trial("dlrm"), settings), Schema(items=1024, tasks=("click",))
-    plan = plan_on(mesh, trial, schema, parse_topology("v5e:2x4"), 10)
-    guess = estimated_step(trial, schema, parse_topology("h100:8"), dict(mesh.shape), 10)
-    found = {kind: sum(one.payload for one in plan.collectives if one.kind == kind) for kind in KINDS}
-    for kind in KINDS:
-        found[f"estimated {kind}"] = sum(one.payload for one in guess.collectives if one.kind == kind)
+    found, plan = planned(mesh, trial, schema)
     params = init_params(trial, schema)
     (table,) = (x for x in jax.tree.leaves(params) if x.dtype == "bfloat16")
     others = sum(x.nbytes for x in jax.tree.leaves(params)) - table.nbytes

@@ -13,6 +13,7 @@ import pytest
 
 from experiments.cli import main
 from genrec_jax.data.sequences import Sequences
+from genrec_jax.distributed.collectives import KINDS
 from genrec_jax.distributed.mesh import make_mesh, parse_mesh
 from genrec_jax.errors import UserError
 from genrec_jax.nn import embedding
@@ -68,10 +69,6 @@ def test_collectives_are_those_of_the_hand_count(on_devices: dict[str, dict[str,
     shares = divided / fsdp if mesh.startswith("data=2") else 0
     assert 0 <= found["all-reduce"] - (whole + shares + 8) <= 128
     assert found["all-to-all"] == found["collective-permute"] == 0
-    # What a plan for GPUs says without a compiler.
-    assert found["estimated state"] == 0
-    assert found["estimated all-gather"] == found["estimated reduce-scatter"] == divided
-    assert found["estimated all-reduce"] == whole + shares
 
 
 @pytest.mark.parametrize("mesh", ["data=8", "data=2,fsdp=4"])
@@ -84,9 +81,6 @@ def test_large_tables_are_exchanged_as_the_hand_count_says(on_devices: dict[str,
     assert found["all-gather"] + found["all-reduce"] < 1.5 * found["others"] + 512
     assert (found["all-gather"] > 0) == ("fsdp" in mesh)
     assert found["collective-permute"] == 0
-    assert found["estimated all-to-all"] == found["all-to-all"]
-    assert found["estimated all-gather"] == found["estimated reduce-scatter"] == found["all-gather"]
-    assert 0 <= found["all-reduce"] - found["estimated all-reduce"] <= 192
 
 
 def test_a_context_exchanges_what_the_hand_count_says(on_devices: dict[str, dict[str, float]]) -> None:
@@ -118,6 +112,19 @@ def test_divided_heads_send_what_the_hand_count_says(on_devices: dict[str, dict[
     over_rows = found["whole"] + (found["taken"] + found["gathered"]) / 4
     assert 0 <= found["all-reduce"] - (sums + over_rows + 8) <= 128
     assert found["reduce-scatter"] == found["collective-permute"] == 0
+
+
+def test_estimates_are_what_is_compiled(on_devices: dict[str, dict[str, float]]) -> None:
+    """What a plan for GPUs says of a step and of a scoring without a compiler: of every kind the bytes of the compiled
+    program, but for norms, the loss and other small sums."""
+    cases = {name: found for name, found in on_devices.items() if "estimated state" in found}
+    assert len(cases) == 7
+    for name, found in cases.items():
+        assert found["estimated state"] == 0, name
+        for program in ("", "scoring "):
+            for kind in KINDS:
+                compiled, estimated = found[program + kind], found["estimated " + program + kind]
+                assert abs(estimated - compiled) <= 256 + 0.001 * compiled, (name, program, kind)
 
 
 def test_heads_that_a_context_does_not_divide_are_refused(sequences: Sequences, tmp_path: Path) -> None:

@@ -1,29 +1,30 @@
-"""Plans: names of topologies, roofs, the ranking of meshes, refusals; the compiled step itself is in test_mesh."""
+"""Plans: names of topologies, roofs, the ranking of meshes, refusals, what does not fit; what is compiled or estimated
+of a step is in test_mesh and test_estimates."""
 
 import dataclasses
+import functools
 
 import jax
 import pytest
 
 from experiments import plan as command
 from experiments.cli import main
-from genrec_jax.config import default_trial, override
+from genrec_jax.config import Trial
 from genrec_jax.data.schema import Schema
 from genrec_jax.distributed import plan as plans
 from genrec_jax.distributed import topology as topologies
 from genrec_jax.distributed.collectives import Collective
-from genrec_jax.distributed.mesh import make_mesh, parse_mesh
+from genrec_jax.distributed.mesh import make_mesh
 from genrec_jax.distributed.plan import Plan
-from genrec_jax.distributed.topology import larger, parse_topology
+from genrec_jax.distributed.topology import parse_topology, slices
 from genrec_jax.errors import UserError
-from genrec_jax.train.estimate import abstract_model
 from kernels_pallas.target import compiling_for, target
 
 
 def test_topologies_by_name() -> None:
     assert (parse_topology("v5e:16x16").chips, parse_topology("v5p:8x16x16").devices) == (256, 2048)
     assert parse_topology("tpu7x:2x2x1").devices == 8  # two on a chip
-    assert [t.name for t in larger(parse_topology("v5e:8x8"))] == ["v5e:8x16", "v5e:16x16"]
+    assert [t.name for t in slices(parse_topology("v5e:8x8"))][-3:] == ["v5e:8x8", "v5e:8x16", "v5e:16x16"]
     for text in ("v5e", "v5e:3x3", "v9:2x2", "v5e:2x2x1"):
         with pytest.raises(UserError, match=r"--topology '.*': the (kinds|shapes)"):
             parse_topology(text)
@@ -36,6 +37,7 @@ def test_programs_are_made_for_another_target() -> None:
     assert target() == jax.default_backend()
 
 
+V5E = topologies.CHIPS["v5e"]
 SMALL = Plan(parse_topology("v5e:2x2"), {"data": 4}, {"parameters": 1e9, "optimiser": 2e9}, batch=5e8, temporaries=5e8)
 
 
@@ -43,8 +45,10 @@ def test_the_longest_part_bounds_a_step() -> None:
     """Of 197 TFLOP/s, 819 GB/s and 200 GB/s."""
     busy = dataclasses.replace(SMALL, flops=197e9, traffic=819e6, collectives=(Collective("all-reduce", 4, 1, 8e8),))
     assert busy.seconds() == pytest.approx({"products": 1e-3, "HBM": 1e-3, "links": 4e-3})
-    assert busy.step_seconds == pytest.approx(4e-3)
+    assert busy.least_seconds == pytest.approx(4e-3)
     assert busy.mfu == pytest.approx(0.25)
+    assert busy.requests_per_second == 0
+    assert dataclasses.replace(busy, requests=8).requests_per_second == pytest.approx(2000)
     assert busy.memory == 4e9
     assert busy.fits
     assert not dataclasses.replace(busy, temporaries=2e10).fits
@@ -75,9 +79,9 @@ def test_meshes_that_fit_are_ranked_by_time_then_memory() -> None:
         (
             "RESOURCE_EXHAUSTED: E1000: Ran out of memory on HBM, the total memory required for HLO temporaries "
             "(50.67G) exceeds available HBM (31.24G). HLO module: jit_step.",
-            "the activations and temporaries of a step alone take 50.67GiB of a device's 31.24GiB",
+            "its activations and temporaries alone take 50.67GiB of a device's 31.24GiB",
         ),
-        ("RESOURCE_EXHAUSTED: Used 20.5G of 15.75G hbm. Exceeded.", "a step takes 20.5GiB of a device's 15.75GiB"),
+        ("RESOURCE_EXHAUSTED: Used 20.5G of 15.75G hbm. Exceeded.", "it takes 20.5GiB of a device's 15.75GiB"),
         ("RESOURCE_EXHAUSTED: something\nelse", "RESOURCE_EXHAUSTED: something"),
     ],
 )
@@ -85,16 +89,22 @@ def test_why_it_does_not_fit(message: str, said: str) -> None:
     assert plans._reason(message) == said
 
 
+@functools.cache
+def compiled_once(trial: Trial, schema: Schema, steps: int, remat: bool) -> list[Plan]:
+    return plans.plans_on(make_mesh({"data": 1}), trial, schema, parse_topology("v5e:1x1"), steps, remat)
+
+
 @pytest.fixture
 def compiled_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps are compiled for one CPU, and reported as those of the topology."""
+    """Programs are compiled for one CPU, and reported as those of the topology."""
 
-    def here(trial, schema, topology, sizes, steps, remat):
-        found = plans.plan_on(make_mesh(parse_mesh("data=1")), trial, schema, topology, steps, remat)
-        return dataclasses.replace(found, mesh=sizes)
+    def here(trial, schema, topology, sizes, steps, remat, asked):
+        found = compiled_once(trial, schema, steps, remat)
+        both = [dataclasses.replace(plan, topology=topology, mesh=sizes) for plan in found]
+        return [plan for plan, name in zip(both, plans.PROGRAMS, strict=True) if name in asked]
 
     monkeypatch.setattr(command, "prepare", lambda: None)
-    monkeypatch.setattr(command, "plan_step", here)
+    monkeypatch.setattr(command, "compiled_plans", here)
 
 
 def planned(*args: str) -> int:
@@ -107,54 +117,90 @@ def test_the_command_prints_a_plan(compiled_here: None, capsys: pytest.CaptureFi
     settings = ("--set", "model.depth=1", "--set", "model.sampling=popularity")
     assert planned("ml-1m-sasrec", "--topology", "v5e:2x2", *settings) == 0
     told = capsys.readouterr().out
-    assert "ml-1m-sasrec on v5e:2x2 (4 chips), mesh data=4; per device:" in told
-    for line in ("tables", "optimiser of tables", "of 16 GiB", "at least, bound by", "4,848 steps", "chip-hours"):
-        assert line in told, line
+    assert max(map(len, told.splitlines())) <= 80
+    training, scoring = told.split(" requests beside that state; per device:")
+    assert "ml-1m-sasrec on v5e:2x2 (4 chips), mesh data=4; per device:" in training
+    for line in ("tables", "optimiser of tables", "MFU", "4,848 steps", "chip-hours"):
+        assert line in training, line
+    assert "requests a second at most" in scoring
+    for line in ("activations, temporaries", "of 16 GiB", "HBM traffic", "at least, bound by"):
+        assert line in training, line
+        assert line in scoring, line
 
 
+@pytest.mark.parametrize(("program", "name"), [(0, "A training step"), (1, "Scoring")])
 def test_what_is_too_big_is_told_what_it_fits_on(
-    compiled_here: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    compiled_here: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    program: int,
+    name: str,
 ) -> None:
-    real = command.plan_step
+    """One of the two programs needs sixteen devices. Where the state alone has no
+    room the compiler is not asked, and a mesh that divides all of it is not tried on fewer devices."""
+    real, asked = command.compiled_plans, []
 
-    def full(trial, schema, topology, sizes, steps, remat):
-        found = real(trial, schema, topology, sizes, steps, remat)
-        return found if topology.chips >= 16 else dataclasses.replace(found, problem="a step needs 20G of 16G")
+    def full(trial, schema, topology, sizes, steps, remat, programs):
+        asked.append(f"{topology.name} {command.mesh_name(sizes)}")
+        found = real(trial, schema, topology, sizes, steps, remat, plans.PROGRAMS)
+        if topology.chips < 16:
+            found[program] = dataclasses.replace(found[program], problem="it takes 20G of 16G", gathered=2.0**30)
+        return [plan for plan, own in zip(found, plans.PROGRAMS, strict=True) if own in programs]
 
-    monkeypatch.setattr(command, "plan_step", full)
+    monkeypatch.setattr(command, "compiled_plans", full)
     model = ("dlrm", "--topology", "v5e:2x2", "--items", "50", "--set", "train.batch_rows=64")
     assert planned(*model) == 1
     told = " ".join(capsys.readouterr().out.split())
-    assert "It does not fit: a step needs 20G of 16G." in told
+    assert f"{name} does not fit: it takes 20G of 16G (every device gathers 1 GiB of tables)." in told
+    assert told.count("does not fit") == 1
     assert "The smallest slice that it fits on is v5e:4x4 with --mesh fsdp=16" in told
+    assert asked == ["v5e:2x2 data=4", "v5e:1x1 fsdp=1", "v5e:2x2 fsdp=4", "v5e:2x4 fsdp=8", "v5e:4x4 fsdp=16"]
+    asked.clear()
+    assert planned(*model, "--mesh", "fsdp=4") == 1
+    assert asked == ["v5e:2x2 fsdp=4", "v5e:2x4 fsdp=8", "v5e:4x4 fsdp=16"]
+    capsys.readouterr()
     assert planned(*model, "--search") == 1
     assert capsys.readouterr().out.count("does not fit") == 3
+    monkeypatch.setattr(topologies, "CHIPS", topologies.CHIPS | {"v5e": dataclasses.replace(V5E, memory=1e4)})
+    asked.clear()
+    assert planned(*model) == 1
+    assert asked == ["v5e:2x2 data=4", "v5e:4x8 fsdp=32", "v5e:8x8 fsdp=64"]  # where the state of 306 KiB has room
+    told = " ".join(capsys.readouterr().out.split())
+    assert "No slice up to 64 devices (train.batch_rows) was found that it fits on." in told
 
 
-def test_gpus_are_estimated_without_a_compiler(capsys: pytest.CaptureFixture[str]) -> None:
-    """By hand, of one row: 3 x forward FLOPs at 989 TFLOP/s; between nodes an adapter's 50 GB/s."""
-    trial, schema = override(default_trial("dlrm"), {"train.batch_rows": 64}), Schema(50, ("click",))
-    one = plans.estimated_step(trial, schema, parse_topology("h100:1"), {"data": 1}, 10)
-    row = abstract_model(trial, schema).cost(trial.data.shape)
-    assert one.flops == 3 * row.flops * 64
-    assert one.seconds()["products"] == pytest.approx(one.flops / 989e12)
-    assert one.collectives == ()
-    params = 4.0 * (row.dense_params + row.embedding_params)
-    assert one.state["parameters"] + one.state["tables"] == params
-    assert one.temporaries == row.activation_bytes * 64 + params
-    many = plans.estimated_step(trial, schema, parse_topology("h100:16"), {"data": 16}, 10)
-    assert many.flops == one.flops / 16
-    assert many.sent == pytest.approx(2 * 15 / 16 * params)
-    assert many.seconds()["links"] == pytest.approx(many.sent / 50e9)
-    assert planned("dlrm", "--topology", "h100:8", "--items", "50", "--set", "train.batch_rows=64") == 0
-    assert "estimated from the model's own accounts; nothing was compiled" in capsys.readouterr().out
+def test_a_search_asks_for_the_scoring_of_the_best_mesh_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """GPUs, whose plans cost nothing. Where the best mesh cannot score, the next is asked."""
+    real, asked = command.estimated_plans, []
+
+    def counted(trial, schema, topology, sizes, steps, remat, programs):
+        asked.append((command.mesh_name(sizes), *programs))
+        found = real(trial, schema, topology, sizes, steps, remat, programs)
+        no_room = programs == ("scoring",) and sum("scoring" in one for one in asked) == 1
+        return [dataclasses.replace(plan, temporaries=1e15) for plan in found] if no_room else found
+
+    monkeypatch.setattr(command, "estimated_plans", counted)
+    model = ("hstu", "--topology", "h100:4", "--items", "50", "--set", "train.batch_rows=64")
+    assert planned(*model, "--set", "model.heads=4", "--search") == 0
+    out = capsys.readouterr().out
+    told, ranking = " ".join(out.split()), out.partition("bound by")[2]
+    tried = [mesh for mesh, program in asked if program == "training"]
+    assert {"data=4", "fsdp=4", "fsdp=2,context=2", "model=4"} <= set(tried)
+    assert all(f" {mesh} " in ranking for mesh in tried)  # none is cut short at 80 columns
+    assert max(map(len, out.splitlines())) <= 80
+    scored = [mesh for mesh, program in asked if program == "scoring"]
+    assert len(scored) == 2
+    assert f"Scoring with {scored[0]} does not fit: it needs" in told
+    assert f"scoring with {scored[1]}: " in told
 
 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
         (["dlrm", "--topology", "h100:3", "--items", "9"], "the shapes of h100 are 1, 2, 4"),
-        (["dlrm", "--topology", "h100:8", "--items", "9", "--remat"], "knows no --remat, no context and no model"),
+        (["hstu", "--topology", "h100:8", "--items", "9", "--mesh", "context=8"], "must be a multiple of the mesh's"),
         (["dlrm", "--topology", "h100:8", "--items", "9", "--set", "train.batch_rows=9"], "must be a multiple of 8"),
         (["nothing", "--topology", "v5e:2x2"], "'nothing' is neither a recipe (amazon-books-hstu"),
         (["dlrm", "--topology", "v5e:2x2"], "needs --items"),

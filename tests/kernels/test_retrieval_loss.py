@@ -1,6 +1,7 @@
 """Softmax losses against loops in float64; how negatives are drawn; what logQ corrects; the full softmax's memory."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from genrec_jax.retrieval_loss import (
     log_partition,
     sampled_softmax,
 )
+from kernels_pallas.target import compiling_for
 
 B, T, D, V, R = 3, 7, 4, 11, 5
 TEMPERATURE = 0.3
@@ -26,7 +28,7 @@ def chunks(request, monkeypatch):
     """Several chunks of four positions and a short last one; and a single chunk."""
     size = 1000 if request.param == "one chunk" else 4
     monkeypatch.setattr(retrieval_loss, "_CHUNK", size)
-    monkeypatch.setattr(retrieval_loss, "_GATHERED_ROWS", 2 * (size * (1 + R),))
+    monkeypatch.setattr(retrieval_loss, "_GATHERED_ROWS", size * (1 + R))
 
 
 def make_case(seed=0):
@@ -187,6 +189,18 @@ def test_negatives_are_uniform_and_differ_by_position():
     assert ((counts[1:] - expected) ** 2 / expected).sum() < 27.9  # chi-square of 9 degrees, p = 0.001
     assert drawn.shape == (4, 500, 40)
     assert (drawn[:, 1:] != drawn[:, :-1]).mean() > 0.85
+
+
+def test_what_an_accelerator_gathers_at_a_time_is_so_many_numbers(monkeypatch):
+    """Whatever the width: of 64 positions with 8 ids, in chunks of 8 and of 2."""
+    monkeypatch.setattr(retrieval_loss, "_GATHERED_NUMBERS", 2**12)
+    for width, positions in ((64, 8), (256, 2)):
+        shapes = [jnp.zeros(shape) for shape in ((2, 32, width), (9, width))]
+        ids = jnp.zeros((2, 32), jnp.int32), jnp.ones((2, 32)), jnp.zeros((2, 32, 7), jnp.int32)
+        with compiling_for("gpu"):
+            traced = str(jax.make_jaxpr(lambda *x: sampled_softmax(*x, temperature=1.0))(*shapes, *ids))
+        gathered = {int(found) for found in re.findall(rf"f32\[(\d+),8,{width}\]", traced)}
+        assert gathered == {positions}
 
 
 def test_normalise_is_safe_at_zero():

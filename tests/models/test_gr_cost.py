@@ -151,7 +151,7 @@ def test_flops_agree_with_xla(name, monkeypatch):
     loop whose body XLA counts once.
     """
     monkeypatch.setattr(api, "_names", lambda implementation: ("reference",))
-    monkeypatch.setattr(retrieval_loss, "_GATHERED_ROWS", (2**19, 2**19))
+    monkeypatch.setattr(retrieval_loss, "_GATHERED_ROWS", 2**19)
     shape, width = Shape(history=24, candidates=16), 256
     sizes = {"width": width, "heads": 1, "expert_width": width, "negatives": 1024}
     model = build(name, shape, **{key: size for key, size in sizes.items() if hasattr(MODELS[name], key)})
