@@ -36,6 +36,7 @@ def train_command(
     *,
     mesh: str | None,
     remat: bool,
+    offload: str | None,
     distributed: str | None,
     quiet: bool,
 ) -> None:
@@ -57,7 +58,7 @@ def train_command(
     if distributed is not None:
         join(distributed)
     devices = mesh_of_all(sizes) if distributed is not None else None if sizes is None else make_mesh(sizes)
-    work = functools.partial(train, trial, out, mesh=devices, remat=remat)
+    work = functools.partial(train, trial, out, mesh=devices, remat=remat, offload=offload is not None)
     enable_compilation_cache()
     if not leads():
         with together():
