@@ -149,8 +149,7 @@ def train(
     """
     from experiments.trial import train_command
 
-    runs = functools.partial(train_command, data, model, set, out, mesh=mesh, remat=remat, offload=offload)
-    runs(distributed=distributed, quiet=quiet)
+    train_command(data, model, set, out, mesh=mesh, remat=remat, offload=offload, distributed=distributed, quiet=quiet)
 
 
 def plan(

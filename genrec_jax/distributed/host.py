@@ -20,8 +20,8 @@ def on_host(x: jax.Array) -> bool:
     return jax.typeof(x).memory_space == HOST
 
 
-def at_host(work: Callable[..., jax.Array], gives: jax.memory.Space) -> Callable[..., jax.Array]:
-    """``work`` done by the host, to whose memory its arguments are taken; its result lies in ``gives``.
+def at_host(work: Callable[..., jax.Array], gives: Any) -> Callable[..., jax.Array]:
+    """``work`` done by the host, to whose memory its arguments are taken; its result lies in ``gives``, HOST or DEVICE.
 
     Only for traced functions. The compiler of a TPU works in place on an argument of a jitted function that is given
     up, and on what a loop hands on; in other places it may copy the whole array.

@@ -118,8 +118,9 @@ def placed(mesh: Mesh | AbstractMesh | None, state: Any, *, offload: bool = Fals
         names = place(path)
         if not offload or names[0] != "opt" or math.prod(shape) < _SMALLEST:
             return False
-        alone = mesh is None or mesh.size == 1
-        return names[1] != "rows" or (large_table(shape, path) if alone else lent_rows(mesh, shape, path))
+        if names[1] != "rows":
+            return True
+        return large_table(shape, path) if mesh is None or mesh.size == 1 else lent_rows(mesh, shape, path)
 
     def of(path: tuple, x: Any) -> Sharding:
         kind = KIND if off(path, x.shape) else None

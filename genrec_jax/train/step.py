@@ -106,10 +106,11 @@ def make_step(
     where: Any = None,
 ) -> Step:
     """The jitted :func:`training_step`; the given state is consumed. ``where``: as of :func:`jitted`."""
-    return jitted(training_step(model, optimizer, pieces, tables, mesh), where)
+    step: Step = jitted(training_step(model, optimizer, pieces, tables, mesh), where)
+    return step
 
 
-def jitted[F: Callable[..., Any]](step: F, where: Any = None) -> F:
+def jitted(step: Callable[..., Any], where: Any = None) -> Any:
     """The compiled step; the given state is consumed. ``where``: the shardings of a state of which a part lies in the
     host's memory, for the next one; None for a state on the devices."""
     return jax.jit(step, donate_argnums=0, out_shardings=where and (where, None))
