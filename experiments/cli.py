@@ -27,6 +27,7 @@ def train(
     set: Many[tuple[str, ...]] = (),
     mesh: str | None = None,
     remat: bool = False,
+    offload: Literal["optimizer"] | None = None,
     distributed: str | None = None,
     quiet: bool = False,
 ) -> None:
@@ -41,6 +42,7 @@ def train(
             the heads and experts (model), for example data=2,fsdp=4 (default: one device, or with --distributed data
             over all of them).
         remat: Keep less between the forward and the backward pass of a block and compute it again.
+        offload: Keep what the optimizer keeps between steps in the host's memory.
         distributed: Be one of several processes that train the trial together: auto (under SLURM, Kubernetes, Open MPI,
             on a TPU pod), or HOST:PORT,PROCESS/PROCESSES with the address of process 0, for example 10.0.0.1:8476,3/4.
         quiet: Plain lines instead of a progress bar.
@@ -48,7 +50,9 @@ def train(
     from experiments.trial import train_command
     from genrec_jax.train.places import place
 
-    train_command(data, model, set, place(out), mesh=mesh, remat=remat, distributed=distributed, quiet=quiet)
+    train_command(
+        data, model, set, place(out), mesh=mesh, remat=remat, offload=offload, distributed=distributed, quiet=quiet
+    )
 
 
 def plan(

@@ -38,6 +38,7 @@ def train_command(
     *,
     mesh: str | None,
     remat: bool,
+    offload: str | None,
     distributed: str | None,
     quiet: bool,
 ) -> None:
@@ -61,7 +62,7 @@ def train_command(
     if distributed is not None:
         join(distributed)
     devices = mesh_of_all(sizes) if distributed is not None else None if sizes is None else make_mesh(sizes)
-    work = functools.partial(train, trial, mesh=devices, remat=remat)
+    work = functools.partial(train, trial, mesh=devices, remat=remat, offload=offload is not None)
     enable_compilation_cache()
     if not leads():
         with together(), at_hand(out) as folder:

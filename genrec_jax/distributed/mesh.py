@@ -6,9 +6,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from genrec_jax.distributed.context import ALONE, Context
+from genrec_jax.distributed.host import KIND
 from genrec_jax.distributed.tensor import UNDIVIDED, Division, Tensor, axis_of, place
 from genrec_jax.errors import UserError
 from genrec_jax.nn import embedding
@@ -101,9 +102,33 @@ def specs_of(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, x: share_of(mesh, x.shape, path), tree)
 
 
-def placed(mesh: Mesh | AbstractMesh, state: Any) -> Any:
-    """The sharding of every array of a trial's state."""
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs_of(mesh, state))
+def lent_rows(mesh: Mesh | AbstractMesh, shape: tuple[int, ...], path: tuple) -> bool:
+    """Whether an array has the rows of a table that devices lend each other (`genrec_jax.distributed.tables`)."""
+    return large_table(shape, path) and share_of(mesh, shape, path) == rows_of(mesh)
+
+
+def placed(mesh: Mesh | AbstractMesh | None, state: Any, *, offload: bool = False) -> Any:
+    """The sharding of every array of a trial's state; without a mesh, on the first device.
+
+    ``offload``: with what the optimiser keeps in the host's memory. Small arrays stay, and what a row-wise rule keeps
+    of a table stays where its rows are not: of small tables, and on a mesh of those that devices do not lend.
+    """
+
+    def off(path: tuple, shape: tuple[int, ...]) -> bool:
+        names = place(path)
+        if not offload or names[0] != "opt" or math.prod(shape) < _SMALLEST:
+            return False
+        if names[1] != "rows":
+            return True
+        return large_table(shape, path) if mesh is None or mesh.size == 1 else lent_rows(mesh, shape, path)
+
+    def of(path: tuple, x: Any) -> Sharding:
+        kind = KIND if off(path, x.shape) else None
+        if mesh is None:
+            return SingleDeviceSharding(jax.local_devices()[0], memory_kind=kind)
+        return NamedSharding(mesh, share_of(mesh, x.shape, path), memory_kind=kind)
+
+    return jax.tree_util.tree_map_with_path(of, state)
 
 
 def along(spec: PartitionSpec, axis: str) -> int | None:

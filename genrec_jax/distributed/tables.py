@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from genrec_jax.distributed.collectives import SELDOM
-from genrec_jax.distributed.mesh import gathered, large_table, row_axes, rows_of, share_of, shares, specs_of
+from genrec_jax.distributed.mesh import gathered, lent_rows, row_axes, rows_of, shares, specs_of
 from genrec_jax.models.registry import Model
 from genrec_jax.nn.stack import divisions
 from genrec_jax.train.rows import Holding, Place, RowRule, RowState, holding, key_of, move_held, name_of, with_rows
@@ -183,9 +183,7 @@ def lent_on(mesh: Mesh | AbstractMesh | None, params: Any, paths: Iterable[Place
     if mesh is None:
         return []
     named = {path: (*map(jax.tree_util.DictKey, path), jax.tree_util.DictKey("rows_table")) for path in paths}
-    shapes = {path: table_of(params, path).shape for path in named}
-    large = [path for path, place in named.items() if large_table(shapes[path], place)]
-    return [path for path in large if share_of(mesh, shapes[path], named[path]) == rows_of(mesh)]
+    return [path for path, place in named.items() if lent_rows(mesh, table_of(params, path).shape, place)]
 
 
 def specs_with(mesh: Mesh, params: Any, lent: Iterable[Place]) -> tuple[Any, Any]:
@@ -279,15 +277,20 @@ def move_lent(
         ) -> tuple[jax.Array, RowState]:
             boxes = lent.boxes
             first = jax.lax.axis_index(boxes.axes) * boxes.block
-            table, state = move_held(rule, table, state, back.own, own[:-1], step, key, first)
             rest = back.rest[0]
             factor = jnp.where(rest == 0, 0.0, own[-1, 0] / jnp.where(rest == 0, 1.0, rest))
 
-            def later(number: jax.Array, moved: tuple[jax.Array, RowState]) -> tuple[jax.Array, RowState]:
-                held, sums = boxes.one_round(lent.ids, back.grads, lent.rounds, number)
-                return move_held(rule, *moved, held, factor * sums, step, key, first)
+            def later(number: jax.Array) -> tuple[Holding, jax.Array]:
+                with jax.named_scope(SELDOM):
+                    held, sums = boxes.one_round(lent.ids, back.grads, lent.rounds, number)
+                return held, factor * sums
 
-            return _more(lent.rounds, later, (table, state))
+            def move(number: jax.Array, moved: tuple[jax.Array, RowState]) -> tuple[jax.Array, RowState]:
+                held, sums = jax.lax.cond(number == 0, lambda _: (back.own, own[:-1]), later, number)
+                return move_held(rule, *moved, held, sums, step, key, first)
+
+            # All rounds in one loop: what it hands on in the host's memory a TPU's compiler works on in place.
+            return jax.lax.fori_loop(0, lent.rounds, move, (table, state))
 
         named, own, whole = name_of(path), rows_of(mesh), PartitionSpec()
         of_lent = jax.tree.map(lambda x, of=(whole, own): of[x.ndim], one)

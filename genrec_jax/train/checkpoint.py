@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from genrec_jax.distributed.host import DEVICE, at_host, on_host
 from genrec_jax.errors import UserError
 from genrec_jax.train.record import write_json
 from genrec_jax.train.step import State
@@ -128,4 +129,4 @@ def _bit_sums(arrays: list[jax.Array]) -> list[jax.Array]:
         bits = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
         return jnp.sum(bits, dtype=jnp.uint32)
 
-    return [total(x) for x in arrays]
+    return [at_host(total, DEVICE)(x) if on_host(x) else total(x) for x in arrays]

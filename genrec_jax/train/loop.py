@@ -35,7 +35,7 @@ from genrec_jax.train.member import Member
 from genrec_jax.train.optimizer import make_optimizer, make_row_rule, scalars
 from genrec_jax.train.pack import check_pack
 from genrec_jax.train.record import versions, write_json
-from genrec_jax.train.step import State, init_state, pack_step, pieces_here, placed_state, trial_step
+from genrec_jax.train.step import State, init_state, jitted, pack_step, pieces_here, placed_state, trial_step
 from genrec_jax.train.stopping import Stopped, asked_to_stop
 
 FLOPS_FORMULA = "analytic per block; multiply-add 2; causal half; lookups 0; training 3 x forward; padding counted"
@@ -50,19 +50,21 @@ def train(
     *,
     mesh: Mesh | None = None,
     remat: bool = False,
+    offload: bool = False,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Trains to the trial's budget, evaluates, and returns what it wrote to ``result.json``.
 
     ``mesh``: the devices that share the work, None for one. ``remat``: keep less for the backward pass and compute it
-    again (:class:`genrec_jax.nn.stack.Stack`). Neither is part of the trial: a run may go on with others.
+    again (:class:`genrec_jax.nn.stack.Stack`). ``offload``: keep the optimiser's state in the host's memory
+    (`genrec_jax.distributed.host`). None is part of the trial: a run may go on with others.
 
     ``on_progress`` receives every line of ``metrics.jsonl`` that has a loss, as it is written. A loss that is not
     finite, or above three times the first one logged, ends the run with status "diverged". SIGTERM writes a checkpoint
     after the step at work and raises :class:`Stopped`. Raises UserError for unusable data.
     """
     tell = None if on_progress is None else lambda _, line: on_progress(line)
-    return train_pack([trial], [run_dir], mesh=mesh, remat=remat, on_progress=tell)[0]
+    return train_pack([trial], [run_dir], mesh=mesh, remat=remat, offload=offload, on_progress=tell)[0]
 
 
 def train_pack(
@@ -71,18 +73,20 @@ def train_pack(
     *,
     mesh: Mesh | None = None,
     remat: bool = False,
+    offload: bool = False,
     on_progress: PackProgress | None = None,
 ) -> list[dict[str, Any]]:
     """As :func:`train`, for trials of one :func:`genrec_jax.train.pack.pack_key`, which take every step together.
 
     What is written into a trial's folder is what it would be alone, but for the order of sums; seconds are its share of
     the pack's. So a trial may go on in another pack, or alone. Those whose checkpoints are ahead wait for the others;
-    a trial that diverges has its result at once, while the others go on. A ``mesh`` is for a trial alone.
+    a trial that diverges has its result at once, while the others go on. A ``mesh``, and to ``offload``, is for a trial
+    alone.
 
     Raises UserError, beside what :func:`train` does, for trials that cannot be trained together.
     """
     started = time.perf_counter()
-    check_pack(trials, mesh)
+    check_pack(trials, mesh, offload=offload)
     trial = trials[0]
     sequences = load(trial.data.path)
     # What cannot be trained, or divided so, is refused before anything is written.
@@ -106,7 +110,7 @@ def train_pack(
             write_json(records / "config.json", one.to_json())
             members.append(Member(one, run_dir, records, stream, own))
             opened.callback(members[-1].close)
-        return _Pack(members, sequences, model, mesh, on_progress, started).run()
+        return _Pack(members, sequences, model, mesh, offload, on_progress, started).run()
 
 
 def read_trial(folder: Path) -> Trial:
@@ -149,6 +153,7 @@ class _Pack:
         sequences: Sequences,
         model: Model,
         mesh: Mesh | None,
+        offload: bool,
         on_progress: PackProgress | None,
         started: float,
     ):
@@ -162,13 +167,14 @@ class _Pack:
         (self._last,) = {member.counts.steps for member in members}
         self._evaluator = Evaluator(members[0].trial, sequences, model, mesh)
         self._results: list[dict[str, Any]] = [{} for _ in members]
-        states = [member.resume(state) for member, state in zip(members, self._initial())]
+        states = [member.resume(state) for member, state in zip(members, self._initial(offload))]
         self._states = states[0] if self._alone else jax.tree.map(lambda *x: jnp.stack(x), *states)
         self._take = jax.jit(lambda states, place: jax.tree.map(lambda x: x[place], states))
         self._batches: list[Batch | None] = [None for _ in members]
         self._scalars = self._together([scalars(member.trial.train) for member in members])
         step = trial_step(model, self._train, self._last, mesh)
-        self._step: Any = jax.jit(step, donate_argnums=0) if self._alone else jax.jit(pack_step(step), donate_argnums=1)
+        where = jax.tree.map(lambda x: x.sharding, self._states) if offload else None
+        self._step: Any = jitted(step, where) if self._alone else jax.jit(pack_step(step), donate_argnums=1)
         self._compiled: Any = None
         self._marked = 0.0  # when the time that is not yet anybody's began
 
@@ -188,7 +194,7 @@ class _Pack:
             self._write(place, metrics)
         return self._results
 
-    def _initial(self) -> list[State]:
+    def _initial(self, offload: bool) -> list[State]:
         first = self._members[0].trial
         init = make_init(first, self._sequences.schema)
         optimizer, tables = make_optimizer(self._train, self._last), make_row_rule(self._train, self._last)
@@ -196,7 +202,8 @@ class _Pack:
         def begun(seed: int) -> State:
             return init_state(init(seed), optimizer, seed, tables)
 
-        return [placed_state(functools.partial(begun, member.trial.seed), self._mesh) for member in self._members]
+        begin = [functools.partial(begun, member.trial.seed) for member in self._members]
+        return [placed_state(make, self._mesh, offload=offload) for make in begin]
 
     def _steps(self, asked: threading.Event) -> None:
         train = self._train

@@ -1,5 +1,7 @@
 """AdamW with warm-up, a decay that ends with the trial's own last step or none, and a rule of its own for tables."""
 
+import itertools
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -8,10 +10,14 @@ import numpy as np
 import optax
 
 from genrec_jax.config import TrainConfig
+from genrec_jax.distributed.host import as_before, fetched, on_host
+from genrec_jax.distributed.tensor import place
 from genrec_jax.train.rows import RowRule
 
 Decay = Literal["cosine", "constant"]
 Scalars = dict[str, Any]
+
+_PARTS = 8  # of what is kept in the host's memory
 
 # The settings of TrainConfig that a compiled step takes as arguments: trials that differ in these alone share it.
 SCALARS = ("learning_rate", "embedding_learning_rate", "weight_decay", "embedding_weight_decay", "beta1", "beta2")
@@ -88,3 +94,44 @@ def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformat
     }
     clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
     return optax.chain(clip, optax.partition(rules, label))
+
+
+def update_in_parts(
+    optimizer: optax.GradientTransformation, grads: Any, state: optax.OptState, params: Any
+) -> tuple[Any, optax.OptState]:
+    """``optimizer.update``, for one that moves each parameter by itself but for the norm of all gradients.
+
+    What lies in the host's memory comes to the device in :data:`_PARTS`, each when the one before it is done with, and
+    goes back, so that the device needs room for about one part, or for what belongs to the largest parameter.
+    """
+    leaves, tree = jax.tree.flatten(state)
+    if not any(map(on_host, leaves)):
+        return optimizer.update(grads, state, params)
+    part_of = _parts(params)
+    parts = [_part(place(path), part_of) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+    moves, kept, done = jax.tree.leaves(grads), leaves, grads
+    for part in sorted(set(part_of.values())):
+        # All of the update is written down each time; what is not of this part is not used, and falls away.
+        here = jax.tree.unflatten(tree, [fetched(x, done) for x in leaves])
+        updates, new = map(jax.tree.leaves, optimizer.update(grads, here, params))
+        moves = _chosen(part, part_of.values(), updates, moves)
+        kept = _chosen(part, parts, new, kept)
+        done = [x for x, own in zip(new, parts, strict=True) if own == part]
+    back = [as_before(x, before) for x, before in zip(kept, leaves, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(grads), moves), jax.tree.unflatten(tree, back)
+
+
+def _parts(params: Any) -> dict[tuple[Any, ...], int]:
+    """Which part each parameter is in, by its place."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    ends = itertools.accumulate((x.size for _, x in leaves), initial=0)
+    return {place(path): _PARTS * end // sum(x.size for _, x in leaves) for (path, _), end in zip(leaves, ends)}
+
+
+def _part(names: tuple[Any, ...], part_of: Mapping[tuple[Any, ...], int]) -> int:
+    """The part of what is kept at a place, which ends with that of its parameter; 0 for what belongs to all."""
+    return next((part_of[names[n:]] for n in range(len(names)) if names[n:] in part_of), 0)
+
+
+def _chosen(part: int, parts: Iterable[int], new: Iterable[Any], old: Iterable[Any]) -> list[Any]:
+    return [x if own == part else y for own, x, y in zip(parts, new, old, strict=True)]

@@ -22,12 +22,14 @@ def pack_key(trial: Trial) -> str:
     return json.dumps(_shared(trial), sort_keys=True)
 
 
-def check_pack(trials: Sequence[Trial], mesh: Mesh | None = None) -> None:
+def check_pack(trials: Sequence[Trial], mesh: Mesh | None = None, *, offload: bool = False) -> None:
     """Raises UserError, naming what differs, for trials that cannot be trained together."""
     if not trials:
         raise UserError("a pack has no trials")
     if len(trials) > 1 and mesh is not None:
         raise UserError("several trials are trained together on one device, not on a mesh")
+    if len(trials) > 1 and offload:
+        raise UserError("several trials that are trained together keep all of their states on the device")
     first = flat(_shared(trials[0]))
     for trial in trials[1:]:
         other = flat(_shared(trial))

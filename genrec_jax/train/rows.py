@@ -16,6 +16,7 @@ from flax import nnx
 
 from genrec_jax.batch import Batch
 from genrec_jax.config import EmbeddingOptimizer
+from genrec_jax.distributed.host import DEVICE, HOST, at_host, on_host
 from genrec_jax.models.registry import Model
 from genrec_jax.nn.embedding import Held, recorded, tables
 
@@ -76,12 +77,20 @@ class Holding:
     write: jax.Array
 
     def take(self, array: jax.Array) -> jax.Array:
-        """The rows of ``array`` [V, ...]: [U, ...]."""
-        return array.at[self.ids].get(mode="clip", indices_are_sorted=True)
+        """The rows of ``array`` [V, ...]: [U, ...], on the device."""
+        return at_host(_take, DEVICE)(array, self.ids) if on_host(array) else _take(array, self.ids)
 
     def put(self, array: jax.Array, rows: jax.Array) -> jax.Array:
-        """``array`` with the rows in their places."""
-        return array.at[self.write].set(rows, mode="drop", unique_indices=True)
+        """``array`` with the rows in their places, where it lies."""
+        return at_host(_put, HOST)(array, self.write, rows) if on_host(array) else _put(array, self.write, rows)
+
+
+def _take(array: jax.Array, ids: jax.Array) -> jax.Array:
+    return array.at[ids].get(mode="clip", indices_are_sorted=True)
+
+
+def _put(array: jax.Array, write: jax.Array, rows: jax.Array) -> jax.Array:
+    return array.at[write].set(rows, mode="drop", unique_indices=True)
 
 
 def holding(ids: jax.Array, vocab: int) -> Holding:

@@ -8,18 +8,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec, Sharding
 
 from genrec_jax.batch import Batch
 from genrec_jax.config import TrainConfig
+from genrec_jax.distributed.host import KIND
 from genrec_jax.distributed.mesh import gathered, placed, row_axes, rows_of, shares, summed
 from genrec_jax.distributed.tables import Lent, Returned, asked_on, borrow, give_back, lent_on, move_lent, specs_with
 from genrec_jax.errors import UserError
 from genrec_jax.models.registry import Model
 from genrec_jax.nn.stack import divisions
-from genrec_jax.train.optimizer import Scalars, make_optimizer, make_row_rule
+from genrec_jax.train.optimizer import Scalars, make_optimizer, make_row_rule, update_in_parts
 from genrec_jax.train.rows import Holding, Place, RowRule, hold_rows, lookups, move_rows, row_states, told, with_rows
 from genrec_jax.train.rows import rows_of as rows_at
 from kernels_pallas.target import target
@@ -49,11 +51,31 @@ def init_state(params: Any, optimizer: optax.GradientTransformation, seed: int, 
     return State(params, opt, jnp.zeros((), jnp.int32), jax.random.key_data(jax.random.key(seed)))
 
 
-def placed_state(make: Callable[[], State], mesh: Mesh | None) -> State:
-    """The state that ``make`` makes; on a mesh each device makes its own share, so that it is nowhere whole."""
-    if mesh is None:
+def placed_state(make: Callable[[], State], mesh: Mesh | None, *, offload: bool = False) -> State:
+    """The state that ``make`` makes; on a mesh each device makes its own share, so that it is nowhere whole.
+
+    ``offload``: as of :func:`genrec_jax.distributed.mesh.placed`. What goes to the host's memory is not made on a
+    device, which may have no room for it: optimisers begin with zeros.
+    """
+    if mesh is None and not offload:
         return make()
-    return jax.jit(make, out_shardings=placed(mesh, jax.eval_shape(make)))()
+    shapes = jax.eval_shape(make)
+    leaves, tree = jax.tree.flatten(shapes)
+    where = jax.tree.leaves(placed(mesh, shapes, offload=offload))
+    here = [sharding for sharding in where if sharding.memory_kind != KIND]
+
+    def those_here() -> list[jax.Array]:
+        return [x for x, sharding in zip(jax.tree.leaves(make()), where) if sharding.memory_kind != KIND]
+
+    made = iter(jax.jit(those_here, out_shardings=here)())
+    return jax.tree.unflatten(
+        tree, [_zeros(x, own) if own.memory_kind == KIND else next(made) for x, own in zip(leaves, where)]
+    )
+
+
+def _zeros(like: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.Array:
+    share = np.zeros(sharding.shard_shape(like.shape), like.dtype)
+    return jax.make_array_from_callback(like.shape, sharding, lambda _: share)
 
 
 def bind[M: Model](model: M, params: Any) -> M:
@@ -81,9 +103,17 @@ def make_step(
     pieces: int = 1,
     tables: RowRule | None = None,
     mesh: Mesh | None = None,
+    where: Any = None,
 ) -> Step:
-    """The jitted :func:`training_step`; the given state is consumed."""
-    return jax.jit(training_step(model, optimizer, pieces, tables, mesh), donate_argnums=0)
+    """The jitted :func:`training_step`; the given state is consumed. ``where``: as of :func:`jitted`."""
+    step: Step = jitted(training_step(model, optimizer, pieces, tables, mesh), where)
+    return step
+
+
+def jitted(step: Callable[..., Any], where: Any = None) -> Any:
+    """The compiled step; the given state is consumed. ``where``: the shardings of a state of which a part lies in the
+    host's memory, for the next one; None for a state on the devices."""
+    return jax.jit(step, donate_argnums=0, out_shardings=where and (where, None))
 
 
 def trial_step(model: Model, config: TrainConfig, steps: int, mesh: Mesh | None = None) -> TrialStep:
@@ -160,7 +190,8 @@ def training_step(
             grads, back = give_back(mesh, grads, lent)
         share = 1.0 / jnp.maximum(targets, 1)
         grads = jax.tree.map(lambda g: g * share, grads)
-        updates, opt = optimizer.update(grads, state.opt if tables is None else state.opt["dense"], params)
+        kept = state.opt if tables is None else state.opt["dense"]
+        updates, opt = update_in_parts(optimizer, grads, kept, params)
         moved = optax.apply_updates(with_rows(params, {path: rows_at(updates, path) for path in lent}), updates)
         if tables is not None:
             own = jax.random.fold_in(key, 2)
