@@ -62,6 +62,7 @@ def plan(
     mesh: str | None = None,
     search: bool = False,
     remat: bool = False,
+    offload: Literal["optimizer"] | None = None,
     items: int | None = None,
     task: Many[tuple[str, ...]] = (),
     set: Many[tuple[str, ...]] = (),
@@ -74,14 +75,26 @@ def plan(
         mesh: How its devices share the work, for example data=2,fsdp=2 (default: they share the rows).
         search: Compile several meshes and rank them.
         remat: As of genrec train.
+        offload: As of genrec train.
         items: Number of items of the data (of a model).
         task: Name of a task (of a ranker; one task if none is given); repeat for several.
         set: dotted.key=value of the configuration; repeat for several.
     """
     from experiments.plan import plan_command
 
-    asked = functools.partial(plan_command, what, topology=topology, mesh=mesh, search=search, remat=remat)
-    sys.exit(asked(items=items, tasks=task, settings=set))
+    sys.exit(
+        plan_command(
+            what,
+            topology=topology,
+            mesh=mesh,
+            search=search,
+            remat=remat,
+            offload=offload is not None,
+            items=items,
+            tasks=task,
+            settings=set,
+        )
+    )
 
 
 def sweep(

@@ -30,6 +30,7 @@ def plan_command(
     mesh: str | None,
     search: bool,
     remat: bool,
+    offload: bool,
     items: int | None,
     tasks: Sequence[str],
     settings: Sequence[str],
@@ -37,12 +38,15 @@ def plan_command(
     """Prints the plan; the exit code is 1 where the trial does not fit."""
     where = parse_topology(topology)
     trial, schema, steps = _trial(what, items, tasks, settings)
+    if where.chip.gpu and offload:
+        raise UserError("--offload is planned for TPUs alone: estimates for GPUs do not know the host's memory")
     if not where.chip.gpu:
         prepare()
 
     def planned(where: Topology, sizes: dict[str, int], programs: Sequence[Program] = PROGRAMS) -> list[Plan]:
-        one = estimated_plans if where.chip.gpu else compiled_plans
-        return one(trial, schema, where, sizes, max(steps, 1), remat, programs)
+        if where.chip.gpu:
+            return estimated_plans(trial, schema, where, sizes, max(steps, 1), remat, programs)
+        return compiled_plans(trial, schema, where, sizes, max(steps, 1), remat, offload, programs)
 
     console = Console(highlight=False)
     if where.chip.gpu:
@@ -190,6 +194,8 @@ def _table(plan: Plan, steps: int) -> Table:
     table.add_row("batch", _bytes(plan.batch))
     table.add_row("activations, temporaries", _bytes(plan.temporaries))
     table.add_row("memory", f"{_bytes(plan.memory)} of {_bytes(plan.room)}")
+    if plan.host:
+        table.add_row("in the host's memory", _bytes(plan.host))
     if not plan.fits:
         return table
     table.add_row("FLOPs of the model", f"{plan.flops:.3g}")

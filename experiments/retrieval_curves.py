@@ -26,13 +26,13 @@ def curve_figures(runs: Sequence["Run"], metric: str = "hr@10") -> dict[str, tup
     groups: dict[tuple[str, float], list[Run]] = {}
     for run in runs:
         if run.study == STUDY and run.curve:
-            groups.setdefault((run.digest, run.epochs), []).append(run)
+            groups.setdefault(run.section, []).append(run)
     found = {}
-    for (digest, epochs), group in groups.items():
+    for (_, epochs), group in groups.items():
         titles = ", ".join(read(name).title for name in in_order(run.family for run in group))
         alt = f"{metric.upper()} by epoch: {titles}"
         svg = styled(lambda own=group, title=alt: render(draw(own, metric), title))()
-        found[f"{digest}-{epochs:g}"] = (alt, svg)
+        found[f"{group[0].digest}-{epochs:g}"] = (alt, svg)
     return found
 
 

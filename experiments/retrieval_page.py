@@ -11,6 +11,7 @@ from experiments.recipes import in_order, read
 from experiments.retrieval_choices import REFERENCE
 from experiments.retrieval_choices import STUDY as CHOICES
 from experiments.retrieval_runs import CHOSEN_BY, METRICS, Run, read_runs, write_runs
+from experiments.shuffled_ties import SHUFFLED
 from genrec_jax.errors import UserError
 from genrec_jax.train.places import Place, write_text
 
@@ -33,8 +34,9 @@ class Table:
 def tables(runs: Sequence[Run]) -> list[Table]:
     """A table per dataset and number of epochs, and those of the choices."""
     found = []
-    for digest, epochs in dict.fromkeys((run.digest, run.epochs) for run in runs):
-        here = [run for run in runs if (run.digest, run.epochs) == (digest, epochs)]
+    for section in dict.fromkeys(run.section for run in runs):
+        here = [run for run in runs if run.section == section]
+        epochs = section[1]
         data = max((run.data for run in here), key=lambda data: data["users"])
         if any(run.study == STUDY for run in here):
             found.append(_recipe_table([run for run in here if run.study == STUDY], data, epochs))
@@ -61,6 +63,8 @@ def _recipe_table(runs: list[Run], data: dict[str, Any], epochs: float) -> Table
         "chosen on the test set and so flatters. Honest: trained on all but the last two events, the epoch chosen by "
         f"{CHOSEN_BY.upper()} on the last but one, tested once."
     )
+    if data["name"].endswith(SHUFFLED):
+        intro += " Events of one user and one time stand in a random order, drawn for each run (`shuffled_ties`)."
     if unfinished:
         intro += f" Still at work: {', '.join(f'{r.family} {r.label} seed {r.seed}' for r in unfinished)}."
     columns = ("model", "protocol", "epoch", "seeds", *(name.upper() for name in METRICS))

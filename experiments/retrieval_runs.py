@@ -13,6 +13,7 @@ from typing import Any
 from experiments.folder import read_record, read_result
 from experiments.recipe import STUDY
 from experiments.retrieval_choices import STUDY as CHOICES
+from experiments.shuffled_ties import SHUFFLED
 from genrec_jax.data.sequences import Sequences
 from genrec_jax.errors import UserError
 from genrec_jax.train.member import SELECTED_BY
@@ -46,6 +47,12 @@ class Run:
     tested_epoch: float
     train_seconds: float
     made: dict[str, str]
+
+    @property
+    def section(self) -> tuple[str, float]:
+        """What it is shown with: runs on one dataset, copies of one with other orders of ties as well, and as long."""
+        name: str = self.data["name"]
+        return name if name.endswith(SHUFFLED) else self.digest, self.epochs
 
     @property
     def best_watched(self) -> tuple[float, dict[str, float]]:

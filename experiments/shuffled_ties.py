@@ -18,6 +18,8 @@ from genrec_jax.data.catalog import load_any
 from genrec_jax.data.sequences import Sequences, load, save
 from genrec_jax.errors import UserError
 
+SHUFFLED = ", ties shuffled"  # after the name of the dataset
+
 
 def shuffle_ties(sequences: Sequences, out: Path, seed: int) -> Sequences:
     """Writes the copy; events keep their time and what belongs to them, requests are refused.
@@ -31,7 +33,7 @@ def shuffle_ties(sequences: Sequences, out: Path, seed: int) -> Sequences:
     levels = {f.name: f.level for f in sequences.schema.features}
     return save(
         out,
-        name=f"{sequences.name}, ties shuffled",
+        name=f"{sequences.name}{SHUFFLED}",
         schema=sequences.schema,
         origin=sequences.origin,
         offsets=sequences.offsets,

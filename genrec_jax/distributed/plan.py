@@ -17,6 +17,7 @@ from genrec_jax.config import Trial
 from genrec_jax.data.pipeline import evaluation_shape
 from genrec_jax.data.schema import Schema
 from genrec_jax.distributed.collectives import Collective, collectives
+from genrec_jax.distributed.host import KIND
 from genrec_jax.distributed.mesh import context_of, make_mesh, placed, rows_of, share_of, tensor_of
 from genrec_jax.distributed.tables import lent_on
 from genrec_jax.distributed.tensor import place
@@ -42,17 +43,18 @@ class Plan:
     """A program on each device of a mesh: a training step, or the scoring of an evaluation's batch, beside which the
     trial's state stays where it is.
 
-    state: bytes of what it holds between steps, by kind. batch, temporaries: bytes beside it while it runs, by the
-    compiler's account. gathered: bytes of divided tables that every device has whole meanwhile, among the temporaries
-    (of a scoring). flops: the model's own account (3 x forward; of a scoring 1 x), a device's share. more_flops: what a
-    device computes beside them, with others alike or once more (estimates alone). traffic: bytes to and from HBM, by
-    the compiler's account. requests: that a batch to be scored holds, on all devices together. problem: why it does
-    not fit, in which case the others after ``gathered`` are 0.
+    state: bytes of what it holds between steps, by kind. host: bytes of what the host's memory holds instead. batch,
+    temporaries: bytes beside the state while it runs, by the compiler's account. gathered: bytes of divided tables that
+    every device has whole meanwhile, among the temporaries (of a scoring). flops: the model's own account (3 x forward;
+    of a scoring 1 x), a device's share. more_flops: what a device computes beside them, with others alike or once more
+    (estimates alone). traffic: bytes to and from HBM, by the compiler's account. requests: that a batch to be scored
+    holds, on all devices together. problem: why it does not fit, in which case the others after ``gathered`` are 0.
     """
 
     topology: Topology
     mesh: dict[str, int]
     state: dict[str, float]
+    host: float = 0.0
     batch: float = 0.0
     temporaries: float = 0.0
     gathered: float = 0.0
@@ -116,19 +118,20 @@ def compiled_plans(
     sizes: dict[str, int],
     steps: int,
     remat: bool = False,
+    offload: bool = False,
     programs: Sequence[Program] = PROGRAMS,
 ) -> list[Plan]:
     """Compiles what `genrec train` would run, for every device of the topology; nothing is allocated.
 
-    ``steps``: of the trial, for the schedule of its learning rate. ``remat``: as of `train`. Call `topology.prepare`
-    first. Raises UserError for a mesh that the topology or the batch cannot be divided by.
+    ``steps``: of the trial, for the schedule of its learning rate. ``remat``, ``offload``: as of `train`. Call
+    `topology.prepare` first. Raises UserError for a mesh that the topology or the batch cannot be divided by.
     """
     from jax.experimental import topologies
 
     check_devices(sizes, topology)
     found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name)
     with compiling_for("tpu"):
-        return plans_on(make_mesh(sizes, found.devices), trial, schema, topology, steps, remat, programs)
+        return plans_on(make_mesh(sizes, found.devices), trial, schema, topology, steps, remat, offload, programs)
 
 
 def plans_on(
@@ -138,13 +141,15 @@ def plans_on(
     topology: Topology,
     steps: int,
     remat: bool = False,
+    offload: bool = False,
     programs: Sequence[Program] = PROGRAMS,
 ) -> list[Plan]:
     """As :func:`compiled_plans`, for the devices of a mesh."""
     alone, model = trained(trial, schema), trained(trial, schema)
     model = over_devices(rematerialised(model) if remat else model, context_of(mesh), tensor_of(mesh))
-    state = state_on(mesh, trial, schema, steps)
-    plan = Plan(topology, dict(mesh.shape), held(state))
+    state = state_on(mesh, trial, schema, steps, offload=offload)
+    where = jax.tree.map(lambda x: x.sharding, state) if offload else None
+    plan = Plan(topology, dict(mesh.shape), held(state), held_by_host(state))
     rows = NamedSharding(mesh, rows_of(mesh))
     drafts: list[tuple[Plan, Any]] = []
     for program in programs:
@@ -152,7 +157,7 @@ def plans_on(
         if program == "training":
             shape, number = trial.data.shape, trial.train.batch_rows
             optimizer, rule = make_optimizer(trial.train, steps), make_row_rule(trial.train, steps)
-            step = make_step(model, optimizer, pieces_here(trial.train, mesh), rule, mesh)
+            step = make_step(model, optimizer, pieces_here(trial.train, mesh), rule, mesh, where)
             draft = dataclasses.replace(plan, flops=3.0 * alone.cost(shape).flops * number / mesh.size)
         else:
             shape, number = evaluation_shape(trial.data, trial.model.goal), batch_rows(trial.train, mesh)
@@ -206,11 +211,11 @@ def trained(trial: Trial, schema: Schema) -> Model:
     return abstract_model(trial, schema, popularity)
 
 
-def state_on(mesh: Mesh | AbstractMesh, trial: Trial, schema: Schema, steps: int) -> State:
+def state_on(mesh: Mesh | AbstractMesh, trial: Trial, schema: Schema, steps: int, *, offload: bool = False) -> State:
     """The shapes of a trial's state, and where they are."""
     optimizer, rule = make_optimizer(trial.train, steps), make_row_rule(trial.train, steps)
     state = jax.eval_shape(lambda: init_state(init_params(trial, schema), optimizer, trial.seed, rule))
-    return jax.tree.map(_on, state, placed(mesh, state))
+    return jax.tree.map(_on, state, placed(mesh, state, offload=offload))
 
 
 def check_devices(sizes: dict[str, int], topology: Topology) -> None:
@@ -227,10 +232,22 @@ def held(state: Any) -> dict[str, float]:
     """Bytes on a device of a placed state, by kind."""
     kinds = {"parameters": 0.0, "tables": 0.0, "optimiser": 0.0, "optimiser of tables": 0.0}
     for path, x in jax.tree_util.tree_leaves_with_path(state):
+        if x.sharding.memory_kind == KIND:
+            continue
         table, of_params = is_table(path) or "rows" in jax.tree_util.keystr(path[:2]), path[0].name == "params"
         kind = ("tables" if table else "parameters") if of_params else "optimiser of tables" if table else "optimiser"
-        kinds[kind] += math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        kinds[kind] += _share(x)
     return kinds
+
+
+def held_by_host(state: Any) -> float:
+    """Bytes of a device's share that lie in the host's memory."""
+    return sum(_share(x) for x in jax.tree.leaves(state) if x.sharding.memory_kind == KIND)
+
+
+def _share(x: jax.ShapeDtypeStruct) -> float:
+    assert x.sharding is not None
+    return float(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize)
 
 
 def _reason(message: str) -> str:

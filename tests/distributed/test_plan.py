@@ -9,7 +9,7 @@ import pytest
 
 from experiments import plan as command
 from experiments.cli import main
-from genrec_jax.config import Trial
+from genrec_jax.config import Trial, default_trial, override
 from genrec_jax.data.schema import Schema
 from genrec_jax.distributed import plan as plans
 from genrec_jax.distributed import topology as topologies
@@ -94,11 +94,25 @@ def compiled_once(trial: Trial, schema: Schema, steps: int, remat: bool) -> list
     return plans.plans_on(make_mesh({"data": 1}), trial, schema, parse_topology("v5e:1x1"), steps, remat)
 
 
+def test_offloaded_state_is_the_hosts_and_not_the_devices() -> None:
+    """Every array of the optimiser but those under 1,024 numbers, and the program still compiles."""
+    trial = override(default_trial("dlrm"), {"train.batch_rows": 8, "data.history": 8})
+    schema, mesh = Schema(2001, ("click",)), make_mesh({"data": 1})
+    asked = (mesh, trial, schema, parse_topology("v5e:1x1"), 10, False)
+    (there,) = plans.plans_on(*asked, False, ("training",))
+    (here,) = plans.plans_on(*asked, True, ("training",))
+    assert there.host == 0.0
+    assert here.host > 0.9 * (there.state["optimiser"] + there.state["optimiser of tables"])
+    assert here.host + sum(here.state.values()) == sum(there.state.values())
+    assert not here.problem
+
+
 @pytest.fixture
 def compiled_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs are compiled for one CPU, and reported as those of the topology."""
 
-    def here(trial, schema, topology, sizes, steps, remat, asked):
+    def here(trial, schema, topology, sizes, steps, remat, offload, asked):
+        assert not offload
         found = compiled_once(trial, schema, steps, remat)
         both = [dataclasses.replace(plan, topology=topology, mesh=sizes) for plan in found]
         return [plan for plan, name in zip(both, plans.PROGRAMS, strict=True) if name in asked]
@@ -140,9 +154,9 @@ def test_what_is_too_big_is_told_what_it_fits_on(
     room the compiler is not asked, and a mesh that divides all of it is not tried on fewer devices."""
     real, asked = command.compiled_plans, []
 
-    def full(trial, schema, topology, sizes, steps, remat, programs):
+    def full(trial, schema, topology, sizes, steps, remat, offload, programs):
         asked.append(f"{topology.name} {command.mesh_name(sizes)}")
-        found = real(trial, schema, topology, sizes, steps, remat, plans.PROGRAMS)
+        found = real(trial, schema, topology, sizes, steps, remat, offload, plans.PROGRAMS)
         if topology.chips < 16:
             found[program] = dataclasses.replace(found[program], problem="it takes 20G of 16G", gathered=2.0**30)
         return [plan for plan, own in zip(found, plans.PROGRAMS, strict=True) if own in programs]
