@@ -8,6 +8,7 @@ quality inside BOTH observed ranges, a slope only over the compute both families
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,7 +36,8 @@ class Ratio:
     """R(q) = C_base(q) / C_new(q): how many times less compute `new` needs for the quality q.
 
     `quality`, `ratio`, `low`, `high` are (m,), the limits NaN without a bootstrap and infinite where draws of the base
-    never reach q; `reason` says why the arrays are empty.
+    never reach q; `reason` says why the arrays are empty. `mean`, `mean_interval`: the geometric mean over the
+    qualities (the "bending" of a curve against another's), None without any.
     """
 
     base: str
@@ -45,6 +47,27 @@ class Ratio:
     low: FloatArray
     high: FloatArray
     reason: str = ""
+    mean: float | None = None
+    mean_interval: Interval | None = None
+
+
+@dataclass(frozen=True)
+class Exponents:
+    """How steep two families' laws are: the parameter b of one form fitted to both, and new minus base.
+
+    `differ` is True where the 95 % interval of the difference leaves out zero: then not the offsets alone differ.
+    """
+
+    form: str
+    base: float
+    new: float
+    difference: float
+    interval: Interval
+
+    @property
+    def differ(self) -> bool:
+        """Whether zero is outside the interval."""
+        return not self.interval[0] <= 0.0 <= self.interval[1]
 
 
 @dataclass(frozen=True)
@@ -58,7 +81,8 @@ class Comparison:
     `crossing_interval` holds the x around the first crossing at which a zero gap between the curves is not rejected at
     5 %: the test of each x inverted (Fieller 1954), with a symmetric bootstrap interval of the gap (Hall 1988). It
     always holds the crossing, and draws that never cross widen it; quantiles of the draws' own crossings do neither,
-    bias-corrected or not. A limit of 0 or infinity means that the range both cover holds none.
+    bias-corrected or not. A limit of 0 or infinity means that the range both cover holds none. `exponents`: of the form
+    that describes both.
     """
 
     ratio: Ratio
@@ -70,6 +94,7 @@ class Comparison:
     crossing: float | None
     crossing_interval: Interval | None
     crossing_share: float | None
+    exponents: Exponents | None = None
 
 
 def pareto(x: FloatArray, y: FloatArray, *, rising: bool) -> BoolArray:
@@ -102,12 +127,49 @@ def compute_ratio(base: Family, new: Family, n: int = 41) -> Ratio:
     log_base = _inside(base, base.fit.curves.inverse(q)[0])
     log_new = _inside(new, new.fit.curves.inverse(q)[0])
     lows, highs = np.full(n, np.nan), np.full(n, np.nan)
+    mean_interval = None
     if base.boot is not None and new.boot is not None:
         draws = _difference(base.boot.draws.inverse(q), new.boot.draws.inverse(q))
+        low, high = interval(_mean(draws), _level(base, new))
+        mean_interval = _exp(low), _exp(high)
         for j in range(n):
             low_log, high_log = interval(draws[:, j], _level(base, new))
             lows[j], highs[j] = _exp(low_log), _exp(high_log)
-    return Ratio(base.name, new.name, q, np.exp(log_base - log_new), lows, highs)
+    mean = _exp(float(np.mean(log_base - log_new)))
+    return Ratio(
+        base.name, new.name, q, np.exp(log_base - log_new), lows, highs, mean=mean, mean_interval=mean_interval
+    )
+
+
+def _mean(logs: FloatArray) -> FloatArray:
+    """Of each row (R, n): infinite where one family never gets there and the other always does."""
+    up, down = np.any(logs == np.inf, axis=1), np.any(logs == -np.inf, axis=1)
+    finite = np.mean(np.where(np.isfinite(logs), logs, 0.0), axis=1)
+    return np.where(up & down, 0.0, np.where(up, np.inf, np.where(down, -np.inf, finite)))
+
+
+Fitted = Mapping[str, tuple[CurveFit, Bootstrap | None]]
+
+
+def compare_exponents(base: Fitted, new: Fitted) -> Exponents | None:
+    """Of the form that describes both families best: the one with one exponent and the lowest AICc of both together.
+
+    `base` and `new`: every form fitted, with its draws. None where no such form was fitted to both.
+    """
+    shared: list[tuple[float, str]] = []
+    for form in ("loglin", "power", "power_const"):
+        both = [fits.get(form) for fits in (base, new)]
+        if all(one and one[1] and np.isfinite(one[0].aicc) and not one[0].degenerate for one in both):
+            shared.append((sum(one[0].aicc for one in both if one), form))
+    if not shared:
+        return None
+    form = min(shared)[1]
+    (fit_a, boot_a), (fit_b, boot_b) = base[form], new[form]
+    assert boot_a is not None
+    assert boot_b is not None
+    draws = boot_b.draws.params()["b"] - boot_a.draws.params()["b"]
+    a, b = fit_a.params["b"], fit_b.params["b"]
+    return Exponents(form, a, b, b - a, interval(draws, max(boot_a.level, boot_b.level)))
 
 
 def compare(base: Family, new: Family) -> Comparison:

@@ -39,6 +39,12 @@ EQUATIONS = {
     "power_const": "y = c + a x^-b",
     "broken": "y = a x^-b (1 + (x / d)^(1 / f))^(-c f)",
 }
+FORM_NAMES = {
+    "loglin": "log-linear",
+    "power": "power law",
+    "power_const": "power law + constant",
+    "broken": "broken power law",
+}
 ESTIMATORS = {
     "loglin": "least squares in y, closed form",
     "power": "least squares in ln y, closed form",

@@ -10,7 +10,7 @@ import numpy as np
 
 from scaling.family import FamilyResult, FamilyTrials, Settings, analyse_family, family_points, mixed
 from scaling.fit import Points, Warn
-from scaling.frontier import Comparison, Family, compare
+from scaling.frontier import Comparison, Family, compare, compare_exponents
 from scaling.table import BoolArray, Table
 from scaling.trials import alike, fittable
 
@@ -127,7 +127,12 @@ def _comparisons(families: Sequence[FamilyResult], s: Settings) -> list[Comparis
     if len(fitted) < 2:
         return []
     base = _base(fitted, s)
-    return [compare(base, family) for family in fitted if family.name != base.name]
+    every = {f.name: {form: (fit, f.boots[form]) for form, fit in f.fits.items()} for f in families}
+    return [
+        replace(compare(base, family), exponents=compare_exponents(every[base.name], every[family.name]))
+        for family in fitted
+        if family.name != base.name
+    ]
 
 
 def _base(fitted: Sequence[Family], s: Settings) -> Family:

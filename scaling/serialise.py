@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from scaling.bootstrap import LEVEL, Bootstrap
 from scaling.family import FamilyResult
 from scaling.fit import CurveFit, Warn
-from scaling.frontier import Comparison
+from scaling.frontier import Comparison, Exponents
 from scaling.joint.fit import JointFit
 from scaling.joint.section import COLUMNS, Joint
 from scaling.joint.uncertainty import JointDraws
@@ -154,6 +154,9 @@ def _comparison(comparison: Comparison) -> dict[str, object]:
             for q, r, low, high in zip(ratio.quality, ratio.ratio, ratio.low, ratio.high)
         ],
         "compute_ratio_missing": ratio.reason or None,
+        "compute_ratio_mean": _finite(ratio.mean),
+        "compute_ratio_mean_interval": pair_of(ratio.mean_interval),
+        "exponents": _exponents(comparison.exponents) if comparison.exponents else None,
         "common_x": pair_of(comparison.slope_range),
         "change_per_decade": pair_of(comparison.slopes),
         "change_per_decade_difference": comparison.slope_difference,
@@ -162,6 +165,17 @@ def _comparison(comparison: Comparison) -> dict[str, object]:
         "crossing": comparison.crossing,
         "crossing_interval": pair_of(comparison.crossing_interval),
         "crossing_share": comparison.crossing_share,
+    }
+
+
+def _exponents(exponents: Exponents) -> dict[str, object]:
+    return {
+        "form": exponents.form,
+        "base": exponents.base,
+        "new": exponents.new,
+        "difference": exponents.difference,
+        "interval": pair_of(exponents.interval),
+        "differ": exponents.differ,
     }
 
 

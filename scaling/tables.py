@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from scaling.checklist import NO_LAW
 from scaling.family import FamilyResult
-from scaling.laws import FEWEST
+from scaling.laws import FEWEST, FORM_NAMES
 from scaling.page import table_html
 from scaling.panel import Panel
 from scaling.plots import x_symbol
@@ -16,12 +16,6 @@ from scaling.table import Table, TableError, parse_number
 from scaling.truth import Verdict
 
 _IDENTIFIERS = frozenset({"trial", "study", "family", "label", "dataset", "eval_set"})
-_FORM_NAMES = {
-    "loglin": "log-linear",
-    "power": "power law",
-    "power_const": "power law + constant",
-    "broken": "broken power law",
-}
 
 
 def fits_table(panels: Sequence[Panel]) -> str:
@@ -61,7 +55,7 @@ def _fit_row(panel: Panel, family: FamilyResult, form: str) -> list[str]:
     return [
         " · ".join(w for w in (panel.study, panel.dataset, x_symbol(panel)) if w),
         family.name,
-        _FORM_NAMES[form],
+        FORM_NAMES[form],
         "\n".join(f"{k} = {number(v)} {interval_text(limits.get(k))}".strip() for k, v in fit.params.items()),
         f"{fit.mape:.3g}",
         f"{fit.r2:.4f}",

@@ -6,7 +6,8 @@ import math
 
 import numpy as np
 
-from scaling.frontier import Comparison
+from scaling.frontier import Comparison, Exponents
+from scaling.laws import FORM_NAMES
 from scaling.metrics import higher_is_better, metric_name
 from scaling.page import esc
 from scaling.panel import Panel
@@ -26,8 +27,19 @@ def comparison_html(c: Comparison, panel: Panel) -> str:
             f"its change per tenfold {x} differs by {number(c.slope_difference, 3)} "
             f"{interval_text(c.slope_interval, 3)} over the range both cover"
         )
+    if c.exponents is not None:
+        said.append(_exponents_text(c.exponents))
     said.append(_crossing_text(c, x))
     return f"<p><strong>{esc(ratio.new)} against {esc(ratio.base)}:</strong> {esc('; '.join(said))}.</p>"
+
+
+def _exponents_text(e: Exponents) -> str:
+    """Whether the two laws differ in more than their offsets."""
+    name = "slopes per ln x" if e.form == "loglin" else "exponents"
+    both = f"{number(e.base, 3)} and {number(e.new, 3)}"
+    apart = f"{number(e.difference, 2)} {interval_text(e.interval, 2)}"
+    judged = "differ" if e.differ else "are not told apart"
+    return f"their {name} ({FORM_NAMES[e.form]}: {both}) {judged}: difference {apart}"
 
 
 def warnings_html(panel: Panel) -> str:
@@ -55,7 +67,9 @@ def _ratio_text(c: Comparison, panel: Panel) -> str:
     for i in ends:
         words = times_less(float(c.ratio.ratio[i]), float(c.ratio.low[i]), float(c.ratio.high[i]))
         said.append(f"at {metric_name(panel.metric)} {number(quality[i], 4)} it needs {words} {x_symbol(panel)}")
-    return " and ".join(said)
+    if c.ratio.mean is not None and c.ratio.mean_interval is not None:
+        said.append(f"over all of that quality {times_less(c.ratio.mean, *c.ratio.mean_interval)} (geometric mean)")
+    return ", ".join(said)
 
 
 def times_less(ratio: float, low: float, high: float) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from scaling.bootstrap import bootstrap, interval
-from scaling.fit import Points, fit_form
-from scaling.frontier import Family, compare, compute_ratio, pareto, slope_per_decade
+from scaling.bootstrap import Bootstrap, bootstrap, interval
+from scaling.fit import CurveFit, Points, fit_form, fit_forms
+from scaling.frontier import Family, compare, compare_exponents, compute_ratio, pareto, slope_per_decade
 from scaling.table import FloatArray
 
 NOISE = 0.004
@@ -130,3 +130,36 @@ def test_a_plateau_the_base_never_leaves_gives_an_infinite_upper_limit() -> None
     ratio = compute_ratio(base, new)
     assert np.all(np.isfinite(ratio.ratio))
     assert np.isinf(ratio.high[0])
+
+
+def fitted(x: FloatArray, y: FloatArray, seed: int) -> dict[str, tuple[CurveFit, Bootstrap | None]]:
+    points = Points(x, tuple(np.array([v]) for v in y * np.exp(np.random.default_rng(seed).normal(0, 0.002, len(x)))))
+    fits = fit_forms(points, loss=True)
+    return {form: (fit, bootstrap(points, fit, loss=True, n_boot=300, seed=seed)) for form, fit in fits.items()}
+
+
+def test_exponents_are_told_apart_from_offsets() -> None:
+    """Laws that differ in a factor alone are not told apart; those that differ in the exponent are."""
+    x = np.geomspace(1e10, 1e14, 9)
+    base, lower, steeper = (
+        fitted(x, y, seed) for seed, y in enumerate((2 * x**-0.03, 1.8 * x**-0.03, 2.5 * x**-0.045))
+    )
+    same, other = compare_exponents(base, lower), compare_exponents(base, steeper)
+    assert same is not None
+    assert other is not None
+    assert (same.form, other.form) == ("power", "power")
+    assert not same.differ
+    assert other.differ
+    assert other.difference == pytest.approx(0.015, abs=0.002)
+    assert other.interval[0] < 0.015 < other.interval[1]
+    assert compare_exponents({}, steeper) is None
+
+
+def test_the_mean_ratio_of_parallel_laws_is_the_ratio() -> None:
+    x = np.geomspace(1e8, 1e13, 6)
+    result = compute_ratio(family("dlrm", x, 1.0 - 0.01 * np.log10(x)), family("hstu", x, 0.98 - 0.01 * np.log10(x)))
+    assert result.mean == pytest.approx(100.0)
+    assert result.mean_interval is not None
+    assert result.mean_interval[0] <= 100.001
+    assert result.mean_interval[1] >= 99.999
+    assert compute_ratio(family("a", x, 0.9 + 0 * x), family("b", x, 0.5 + 0 * x)).mean is None
