@@ -1,9 +1,10 @@
 """How often 95 % intervals hold the truth: studies simulated from known laws, fitted as a report fits them.
 
-    python -m scaling.coverage --studies 500 --out docs/coverage.md
+    python -m scaling.coverage --studies 500
 
-A study has n runs at sizes spread evenly over its range, with log-normal noise. Of each law, the share of studies whose
-interval holds each parameter, and the law's value at the largest size and at ten times its compute.
+A study has n runs at sizes spread evenly over its range, with log-normal noise: the same for all or, for curves, ten
+times as much at the largest size as at the smallest. Of each law, the share of studies whose interval holds each
+parameter, and the law's value at the largest size and at ten times its compute.
 """
 
 from __future__ import annotations
@@ -34,25 +35,27 @@ JOINT: dict[str, dict[str, float]] = {
     "history": {"A": 400.0, "B": 1200.0, "G": 0.8, "E": 1.7, "alpha": 0.34, "beta": 0.33, "gamma": 0.5},
     "data_constrained": {"A": 400.0, "B": 1200.0, "E": 1.7, "alpha": 0.34, "beta": 0.33, "R_N": 5.3, "R_D": 15.4},
 }
-CURVE_RUNS, JOINT_RUNS, NOISES = (6, 12, 24), (16, 49), (0.001, 0.01)
+CURVE_RUNS, JOINT_RUNS, NOISES = (6, 12, 24), (16, 49), ((0.001, 0.001), (0.01, 0.01))
+UNEVEN = (0.001, 0.01)
 Held = dict[str, bool]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """The share of studies of one law whose intervals hold the truth, by quantity."""
+    """The share of studies of one law whose intervals hold the truth, by quantity; noise at the smallest size and the
+    largest."""
 
     law: str
     runs: int
-    noise: float
+    noise: tuple[float, float]
     shares: Mapping[str, float]
 
 
-def curve_study(form: str, runs: int, noise: float, rng: np.random.Generator, n_boot: int) -> Held:
+def curve_study(form: str, runs: int, noise: tuple[float, float], rng: np.random.Generator, n_boot: int) -> Held:
     """Whether each interval of one simulated study holds the truth."""
     truth = CURVES[form]
     x = np.geomspace(1e10, 1e14, runs)
-    y = curve_value(form, truth, x) * np.exp(rng.normal(0.0, noise, runs))
+    y = curve_value(form, truth, x) * np.exp(rng.normal(0.0, np.geomspace(*noise, runs)))
     points = Points(x, tuple(np.array([value]) for value in y))
     fit = fit_form(points, form, loss=True)
     boot = bootstrap(points, fit, loss=True, n_boot=n_boot, seed=int(rng.integers(2**31)))
@@ -61,12 +64,12 @@ def curve_study(form: str, runs: int, noise: float, rng: np.random.Generator, n_
     return _held(boot.params(), truth) | _held_at(boot.curve(ends), curve_value(form, truth, ends))
 
 
-def joint_study(law: str, runs: int, noise: float, rng: np.random.Generator, n_boot: int) -> Held:
+def joint_study(law: str, runs: int, noise: tuple[float, float], rng: np.random.Generator, n_boot: int) -> Held:
     """As `curve_study`, of a joint law."""
     truth, data = JOINT[law], design(law, runs)
     model = Model(LAWS[law], data)
     theta = model.theta(truth)[None]
-    y = model.at(theta)[0] * np.exp(rng.normal(0.0, noise, len(data["n"])))
+    y = model.at(theta)[0] * np.exp(rng.normal(0.0, noise[0], len(data["n"])))
     fit = fit_joint(law, data, y, "lsq-log")
     draws = resample(fit, n_boot=n_boot, seed=int(rng.integers(2**31)))
     ends = {name: np.array([v.max(), v.max() * (np.sqrt(10.0) if name in "nd" else 1.0)]) for name, v in data.items()}
@@ -117,8 +120,8 @@ def cells(studies: int, n_boot: int, seed: int, only: str | None = None) -> Iter
             for runs in counts:
                 if runs < max(laws.FEWEST.get(law, 0), len(truths[law]) + 1):
                     continue
-                for noise in NOISES:
-                    rng = np.random.default_rng([seed, runs, int(1e6 * noise), *law.encode()])
+                for noise in (*NOISES, UNEVEN) if truths is CURVES else NOISES:
+                    rng = np.random.default_rng([seed, runs, *(int(1e6 * one) for one in noise), *law.encode()])
                     held = [study(law, runs, noise, rng, n_boot) for _ in range(studies)]
                     yield Cell(law, runs, noise, {name: float(np.mean([h[name] for h in held])) for name in held[0]})
 
@@ -133,7 +136,9 @@ def main() -> None:
     given = parser.parse_args()
     for cell in cells(given.studies, given.draws, given.seed, given.law):
         told = "  ".join(f"{name} {share:.1%}" for name, share in cell.shares.items())
-        print(f"{cell.law:>16} {cell.runs:>4} {cell.noise:<6} {told}", flush=True)
+        low, high = cell.noise
+        noise = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+        print(f"{cell.law:>16} {cell.runs:>4} {noise:<13} {told}", flush=True)
 
 
 if __name__ == "__main__":
