@@ -5,6 +5,9 @@ stores without delay.
 """
 
 import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[2]))  # of the tests, which nothing installs
 
 from fake_trainer import TRAINER, plan
 

@@ -9,6 +9,7 @@ import os
 import sys
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_TMPDIR"] = "/tmp"  # the name of a socket has at most 107 bytes
 
 from ray.cluster_utils import Cluster
 
