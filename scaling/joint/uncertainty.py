@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from scipy import stats
 
-from scaling.bootstrap import LEVEL, PAIRS_FROM, interval, student_level, student_noise
+from scaling.bootstrap import LEVEL, interval, pairs_from, student_level, student_noise
 from scaling.joint.fit import JointFit, slopes_of
 from scaling.joint.laws import Data
 from scaling.joint.solve import minimise
@@ -131,7 +131,7 @@ def resample(
 
     Args:
         fit: of `fit.fit_joint`.
-        method: None for pairs, or with fewer than 13 units residual (wild where these are clusters).
+        method: None for pairs, or with few units (`bootstrap.pairs_from`) residual (wild where these are clusters).
         clusters: the unit that each run belongs to (checkpoints of one run, seeds of one configuration); None for each
             run by itself.
         n_boot: draws of a bootstrap.
@@ -146,7 +146,7 @@ def resample(
     if units < _DISTINCT:
         raise TableError(f"an interval needs at least {_DISTINCT} {unit}s, got {units}")
     few: Method = "residual" if clusters is None else "wild"
-    method = method or ("pairs" if units >= PAIRS_FROM else few)
+    method = method or ("pairs" if units >= pairs_from(len(fit.law.params)) else few)
     rng = np.random.default_rng([seed, 0])
     if method in ("residual", "wild"):
         wild = method == "wild"
