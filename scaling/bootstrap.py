@@ -99,8 +99,8 @@ def bootstrap(points: Points, fit: CurveFit, *, loss: bool, n_boot: int = 1000, 
 def pairs_from(params: int) -> int:
     """The number of runs from which a law of so many parameters is resampled by pairs.
 
-    Fewer leave draws that hardly determine the law, whose intervals are too wide (of seven parameters from 16 runs, they
-    held the truth in more than 99 of 100 simulated studies).
+    Fewer leave draws that hardly determine the law, whose intervals are too wide (of seven parameters from 16 runs,
+    they held the truth in more than 99 of 100 simulated studies).
     """
     return max(_PAIRS_FROM, _PAIRS_A_PARAMETER * params)
 
