@@ -56,7 +56,8 @@ def fit_law_and_print(
     if out is not None:
         scaling.write_json(out, result)
     console = Console(highlight=False, soft_wrap=True)
-    groups: Mapping[str, Any] = result.get("groups", {"": result})  # type: ignore[assignment]
+    named = result.get("groups")
+    groups: Mapping[str, Any] = named if isinstance(named, dict) else {"": result}
     for name, found in groups.items():
         console.print(f"{name}: {found['equation']}".removeprefix(": "))
         for param, value in found["params"].items():
