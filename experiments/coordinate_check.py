@@ -13,7 +13,7 @@ import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,8 @@ BASE = 32
 MODELS = ("hstu", "dirl", "transformer")
 Heads = Literal["one head", "heads of 32"]
 Parametrisation = Literal["standard", "muP"]
+HEADS: tuple[Heads, ...] = get_args(Heads)
+PARAMETRISATIONS: tuple[Parametrisation, ...] = get_args(Parametrisation)
 # A constant rate, so that every step counts; large enough to move things in a few steps.
 TRAINING = {"train.learning_rate": 0.01, "train.embedding_learning_rate": 0.02, "train.warmup": 0.0}
 SIZES = {"model.depth": 2, "model.dropout": 0.0, "train.decay": "constant", "data.history": 32, "train.batch_rows": 8}
@@ -80,8 +82,8 @@ def quantities(model: Any, batch: Batch) -> dict[str, jax.Array]:
     for n, block in enumerate(ranker.stack.blocks, 1):
         assert not isinstance(block, SASRecBlock)
         if isinstance(block, HSTUBlock):
-            _, _, q, k = block.projections(x)
-            q, k, scale = heads_apart(q), heads_apart(k), block.alpha
+            _, _, *apart = block.projections(x)
+            (q, k), scale = map(heads_apart, apart), block.alpha
         else:
             (q, k, _), scale = block.projections(x), block.scale
         both = real[:, None, :, 0, None] & real[:, None, None, :, 0]
@@ -129,8 +131,8 @@ def slopes(widths: Sequence[int], moved: Sequence[float]) -> float:
 def measured(data: Path, models: Sequence[str], widths: Sequence[int], steps: int, seed: int) -> Iterator[Movement]:
     """Every model at every width, in both parametrisations, with one head and with more of them."""
     sequences = load(load_any(data))
-    for model, by in itertools.product(models, ("standard", "muP")):
-        for heads in ("one head", "heads of 32"):
+    for model, by in itertools.product(models, PARAMETRISATIONS):
+        for heads in HEADS:
             for width in widths:
                 trial = check_trial(model, width, by, heads, seed)
                 with_data = override(trial, {"data.path": str(data)})
@@ -152,7 +154,7 @@ def draw(rows: Sequence[Movement]) -> str:
         figure = Figure(figsize=(7.2, 2.6 * len(models)), layout="constrained")
         panels = figure.subplots(len(models), 2, sharex=True, sharey=True, squeeze=False)
         names = list(dict.fromkeys(row.quantity for row in rows))
-        for (line, model), (column, by) in itertools.product(enumerate(models), enumerate(("standard", "muP"))):
+        for (line, model), (column, by) in itertools.product(enumerate(models), enumerate(PARAMETRISATIONS)):
             axes = panels[line, column]
             axes.set_title(f"{model}, {by}")
             log_x(axes, min(row.width for row in rows) * 0.9, max(row.width for row in rows) * 1.1)
