@@ -106,8 +106,8 @@ class Body:
             heading += paragraphs(self.intros.get(panel.study, ""))
         known = [verdict for verdict in self.verdicts if verdict.panel == index]
         cards = "".join(card_html(family, panel, self.styles[family.name].colour) for family in panel.families)
-        parts = [heading, answer_html(panel), f'<div class="cards">{cards}</div>' if opens else ""]
-        parts.append(self._main(law_figure(panel, references=self.references, styles=self.styles)))
+        law = self._main(law_figure(panel, references=self.references, styles=self.styles))
+        parts = [heading, answer_html(panel), law, f'<div class="cards">{cards}</div>' if opens else ""]
         parts += [f"<p>{esc(panel.plain)}</p>" if panel.plain else "", laws_table(panel), truths_table(known)]
         if not panel.plain:
             parts.append(self._main(ratio_figure(panel, self.styles)))

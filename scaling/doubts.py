@@ -33,6 +33,7 @@ def doubts_of_laws(panel: Panel) -> list[tuple[str, str]]:
         ("Crossing", _crossings(panel)),
         ("Exponents", _exponents(panel)),
         ("Form", _forms(panel)),
+        ("Forecasts by another form", _better_forecasts(panel)),
         ("Range", _range(panel)),
         ("Forecasts", _forecasts(panel)),
     ]
@@ -147,8 +148,27 @@ def _disagreement(family: FamilyResult) -> str:
     if not others:
         return ""
     form = max(others, key=lambda form: abs(others[form] - own))
-    said = f"{number(own, 4)} by the {FORM_NAMES[family.chosen]}, {number(others[form], 4)} by the {FORM_NAMES[form]}"
-    return f"{family.name} {said}"
+    drawn, other = number(own, 4), number(others[form], 4)
+    said = f"{family.name} {drawn} by the {FORM_NAMES[family.chosen]}, {other} by the {FORM_NAMES[form]}"
+    return said if drawn != other else ""
+
+
+def _better_forecasts(panel: Panel) -> str:
+    """The forms that were not drawn although they forecast larger sizes better."""
+    said = [
+        f"{family.name} by the {FORM_NAMES[rival.form]} ({rival.held_out:.2g} %, drawn: {FORM_NAMES[family.chosen]}, "
+        f"{rival.chosen_held_out:.2g} %)"
+        for family in panel.families
+        if family.chosen
+        for rival in rivals(family.fits, family.chosen)
+        if rival.forecasts_better and not family.fits[rival.form].degenerate
+    ]
+    if not said:
+        return ""
+    return (
+        f"fitted below a cut, another form missed larger sizes by less than half as much: {', '.join(said)}. With more "
+        "configurations AICc could choose it."
+    )
 
 
 def _range(panel: Panel) -> str:
@@ -185,7 +205,7 @@ def _seeds(panel: Panel) -> str:
         return f"all {len(counts)} configurations have one seed: how much a seed moves a point is not known."
     lone = f"{alone} of {len(counts)} configurations have one seed" if alone else f"every one has {min(counts)} or more"
     return (
-        f"seeds of one configuration differ by {np.median(known):.2g} (median standard deviation over {len(known)}); "
+        f"those of one configuration differ by {np.median(known):.2g} (median standard deviation over {len(known)}); "
         f"{lone}{_best_gap(panel)}."
     )
 

@@ -27,7 +27,7 @@ it. Lines are the fitted laws, where one was fitted to what is chosen.</p>
 <label>Metric <select data-part="metric"></select></label>
 <label>Against <select data-part="axis"></select></label></div>
 <div class="legend" data-part="legend" role="group" aria-label="Families shown"></div>
-<div class="chart"><svg data-part="chart" tabindex="0" role="img" \
+<div class="chart"><svg data-part="chart" tabindex="0" role="application" \
 aria-label="The trials of the section, one mark each; the table of trials has the same numbers"></svg>
 <div class="tip" data-part="tip" role="status" hidden></div></div>
 <p class="lead" data-part="count"></p></section>"""

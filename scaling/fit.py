@@ -194,6 +194,11 @@ class Rival:
         """Whether the chosen form beats it by more than scatter explains, in AICc and, by a factor of two, held out."""
         return REJECTED_GAP < self.aicc_gap < math.inf and self.held_out > 2 * self.chosen_held_out
 
+    @property
+    def forecasts_better(self) -> bool:
+        """Whether it has less than half the chosen form's held-out error: AICc, or too few runs for it, decided."""
+        return 2 * self.held_out < self.chosen_held_out
+
 
 def rivals(fits: dict[str, CurveFit], chosen: str) -> list[Rival]:
     """Every other form held against the chosen one."""

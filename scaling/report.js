@@ -58,7 +58,7 @@ function logTicks(low, high, most) {
 // Ticks of a linear axis: about five, at multiples of 1, 2 or 5 times a power of ten.
 function linearTicks(low, high) {
   const rough = (high - low) / 5, power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].find((m) => m * power >= rough) * power, ticks = [];
+  const step = [1, 2, 5, 10].find((m) => m * power >= rough * .7) * power, ticks = [];
   for (let k = Math.ceil(low / step); k * step <= high; k++) ticks.push(Number((k * step).toPrecision(12)));
   return ticks;
 }

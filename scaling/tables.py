@@ -9,12 +9,12 @@ from scaling.checklist import NO_LAW
 from scaling.family import FamilyResult
 from scaling.fit import AICC_TIE, REJECTED_GAP, CurveFit, Rival, rivals
 from scaling.joint.section import Joint
-from scaling.laws import FEWEST, FORM_NAMES
+from scaling.laws import EQUATIONS, FEWEST, FORM_NAMES
 from scaling.metrics import metric_name
-from scaling.page import table_html
+from scaling.page import esc, table_html
 from scaling.panel import Panel
-from scaling.plots import x_symbol
-from scaling.style import equation, interval_text, number, with_interval
+from scaling.plots import x_name, x_symbol
+from scaling.style import interval_text, number, with_interval
 from scaling.table import Table, TableError, parse_number
 from scaling.truth import Verdict
 
@@ -38,8 +38,9 @@ def laws_table(panel: Panel) -> str:
     if not rows:
         return ""
     note = (
-        "<p>Error is the mean distance of configurations from the law, held-out error that of configurations from a "
-        "law fitted to smaller ones alone. The change per tenfold is the mean over the range a family was seen at.</p>"
+        f"<p>Here y is {esc(metric_name(panel.metric))} and x is {esc(x_name(panel))}. Error is the mean distance of "
+        "configurations from the law, held-out error that of configurations from a law fitted to smaller ones alone. "
+        "The change per tenfold is the mean over the range a family was seen at.</p>"
     )
     return f"<h3>Laws</h3>{note}" + table_html(headers, rows, label="Laws with intervals")
 
@@ -47,8 +48,8 @@ def laws_table(panel: Panel) -> str:
 def _law_rows(family: FamilyResult, panel: Panel) -> list[list[str]]:
     rows = []
     if family.fit is not None:
-        law = equation(family.fit.form, family.fit.params, metric_name(panel.metric), x_symbol(panel))
-        values = _values(family.fit.params, family.boot.params() if family.boot else {})
+        law = f"{FORM_NAMES[family.fit.form]}\n{EQUATIONS[family.fit.form]}"
+        values = _values(family.fit.params, family.boot.params() if family.boot else {}, 4)
         slope = with_interval(*family.slope, 3) if family.slope else "–"
         errors = [_or_dash(value, ".2g") for value in (family.fit.mape, family.fit.held_out_mape)]
         rows.append([family.name, law, values, slope, *errors])
@@ -100,7 +101,7 @@ def forms_table(panel: Panel) -> str:
         ("verdict", False),
     ]
     note = (
-        "<p>A held-out error is that of a form fitted below a cut and scored above it, on the cuts both forms share. A form "
+        "<p>A held-out error is that of a form fitted below a cut and scored above it, on the cuts both share. A form "
         f"is rejected where its AICc is more than {REJECTED_GAP:g} higher and this error more than twice that of the "
         "form drawn.</p>"
     )
@@ -113,8 +114,11 @@ def _standing(fit: CurveFit, rival: Rival) -> str:
     """What stands against a form that is not rejected."""
     if fit.degenerate:
         return "degenerate: its exponent vanished"
+    if rival.forecasts_better:
+        few = "" if math.isfinite(rival.aicc_gap) else "; too few configurations for its AICc"
+        return f"forecasts better{few}"
     if not math.isfinite(rival.aicc_gap):
-        return "too few configurations to judge"
+        return "too few configurations for its AICc"
     return "not told apart" if rival.aicc_gap <= AICC_TIE else "less likely"
 
 
