@@ -23,7 +23,7 @@ RESIDUALS_NOTE = (
 )
 HELD_OUT_NOTE = (
     "Each form was fitted below a cut and scored on everything from the cut up: the error it would have made as a "
-    "forecast. A form whose error grows as the cut falls does not extrapolate."
+    "forecast. To the left less was known and more forecast; the lower line of a family is the better form."
 )
 
 
