@@ -1,5 +1,5 @@
 // What the page does with a script: tables sort, figures download in their light colours, trials can be explored.
-// Without one everything but the explorer is there. Nothing is loaded from anywhere.
+// Without one all figures and tables are there still. Nothing is loaded from anywhere.
 'use strict';
 
 const read = (id) => JSON.parse(document.getElementById(id).textContent);
