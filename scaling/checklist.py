@@ -13,14 +13,12 @@ import numpy as np
 
 from scaling.family import FamilyResult
 from scaling.laws import EQUATIONS, ESTIMATORS
-from scaling.metrics import is_retrieval
 from scaling.panel import Panel
+from scaling.records import NOT_RECORDED, evaluation_errors, range_text, sentence, split_text, values_text
 from scaling.study import Analysis
 from scaling.style import number
 from scaling.table import Table
-from scaling.trials import done
 
-NOT_RECORDED = "not recorded"
 NO_LAW = "No law was fitted."
 _MAX_WIDTHS = 8
 
@@ -49,10 +47,6 @@ def checklist(analysis: Analysis, table: Table) -> list[tuple[str, str]]:
     ]
 
 
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
 def _where(panel: Panel, family: FamilyResult, several: bool) -> str:
     """A family's name, with its study, dataset and x where the page holds more than one panel."""
     words = ", ".join(word for word in (panel.study, panel.dataset, panel.axis or panel.x) if word)
@@ -60,7 +54,7 @@ def _where(panel: Panel, family: FamilyResult, several: bool) -> str:
 
 
 def _columns(table: Table, *names: str) -> str:
-    return _sentence("; ".join(f"{name.replace('_', ' ')}: {_values(table, name)}" for name in names))
+    return sentence("; ".join(f"{name.replace('_', ' ')}: {values_text(table, name)}" for name in names))
 
 
 def _schedule(table: Table) -> str:
@@ -80,39 +74,6 @@ def _rate_by_width(table: Table) -> str:
     return "; learning rate by width: " + "; ".join(f"{width}: {rate}" for width, rate in rates.items())
 
 
-def _values(table: Table, name: str) -> str:
-    """The distinct values of a column, or its range when there are many."""
-    if not table.has(name):
-        return NOT_RECORDED
-    values = table.distinct(name)
-    if len(values) <= 4:
-        return ", ".join(map(_short, values))
-    try:
-        numbers = np.array([float(value) for value in values])
-    except ValueError:
-        return f"{len(values)} distinct values"
-    return f"{len(values)} values from {numbers.min():.4g} to {numbers.max():.4g}"
-
-
-def _short(value: str) -> str:
-    """A measured number to six digits; everything else as it is."""
-    try:
-        return f"{float(value):.6g}" if len(value) > 8 and "." in value else value
-    except ValueError:
-        return value
-
-
-def _range(table: Table, name: str, label: str) -> str:
-    if not table.has(name):
-        return f"{label}: {NOT_RECORDED}"
-    values = table.where(done(table)).numbers(name)
-    values = values[np.isfinite(values) & (values > 0)]
-    if not len(values):
-        return f"{label}: {NOT_RECORDED}"
-    decades = np.log10(values.max() / values.min())
-    return f"{label}: {values.min():.3g} to {values.max():.3g} ({decades:.1f} decades)"
-
-
 def _forms(named: Sequence[tuple[str, FamilyResult]]) -> str:
     tried = ", ".join(EQUATIONS.values())
     chosen = [f"{name}: {family.chosen or 'none'}" for name, family in named]
@@ -122,9 +83,9 @@ def _forms(named: Sequence[tuple[str, FamilyResult]]) -> str:
 
 def _runs(analysis: Analysis, table: Table) -> str:
     counts = ", ".join(f"{count} {status}" for status, count in analysis.counts.items())
-    parts = [f"{len(table)} trials ({counts})", f"seeds: {_values(table, 'seed')}"]
+    parts = [f"{len(table)} trials ({counts})", f"seeds: {values_text(table, 'seed')}"]
     parts += [
-        _range(table, name, label)
+        range_text(table, name, label)
         for name, label in (("dense_params", "N (dense)"), ("targets", "D"), ("train_flops", "C"))
     ]
     rule = "left out of fits: trials that are not done or have no value, all shown in the table of trials"
@@ -132,15 +93,15 @@ def _runs(analysis: Analysis, table: Table) -> str:
 
 
 def _checkpoints(table: Table) -> str:
-    return f"One row is one trial's final evaluation; epochs: {_values(table, 'epochs')}."
+    return f"One row is one trial's final evaluation; epochs: {values_text(table, 'epochs')}."
 
 
 def _counting(table: Table) -> str:
     names = ("dense_params", "embedding_params", "active_params")
     counts = ", ".join(name.replace("_", " ") for name in names if table.has(name))
     return (
-        f"Counted: {counts or NOT_RECORDED}. FLOP formula: {_values(table, 'flops_formula')}. "
-        f"Candidates per request: {_values(table, 'candidates')}; history: {_values(table, 'history')}."
+        f"Counted: {counts or NOT_RECORDED}. FLOP formula: {values_text(table, 'flops_formula')}. "
+        f"Candidates per request: {values_text(table, 'candidates')}; history: {values_text(table, 'history')}."
     )
 
 
@@ -158,7 +119,7 @@ def _conditioning(families: Sequence[FamilyResult]) -> str:
     how = dict.fromkeys(f.boot.description for f in families if f.boot)
     text = "; ".join(how) or "no intervals: too few configurations"
     largest = number(worst, 3) if worst else NOT_RECORDED
-    return f"{_sentence(text)}; 95 % percentile intervals. Largest condition number: {largest}."
+    return f"{sentence(text)}; 95 % percentile intervals. Largest condition number: {largest}."
 
 
 def _residuals(named: Sequence[tuple[str, FamilyResult]]) -> str:
@@ -182,40 +143,26 @@ def _held_out(named: Sequence[tuple[str, FamilyResult]]) -> str:
 
 def _data(analysis: Analysis, table: Table) -> str:
     rates = [c for c in table.columns if c.startswith("base_rate/") and table.has(c)]
-    base = "; ".join(f"{c}: {_values(table, c)}" for c in rates) or f"base rate: {NOT_RECORDED}"
+    base = "; ".join(f"{c}: {values_text(table, c)}" for c in rates) or f"base rate: {NOT_RECORDED}"
     # The impressions that were scored; `eval_impressions` is only the limit that was asked for.
-    impressions = _values(table, "impressions" if table.has("impressions") else "eval_impressions")
+    impressions = values_text(table, "impressions" if table.has("impressions") else "eval_impressions")
     metrics = ", ".join(dict.fromkeys(panel.metric for panel in analysis.panels))
     return (
-        f"Dataset: {_values(table, 'dataset')}; split: {_split(table)}; evaluation set: "
-        f"{_values(table, 'eval_set')}; impressions: {impressions}; metric: {metrics}; {base}."
+        f"Dataset: {values_text(table, 'dataset')}; split: {split_text(table)}; evaluation set: "
+        f"{values_text(table, 'eval_set')}; impressions: {impressions}; metric: {metrics}; {base}."
     )
-
-
-def _split(table: Table) -> str:
-    """The rule of the split: ranking is split at global times by share, retrieval leaves each user's last event out."""
-    if not (table.has("validation") and table.has("test")):
-        return NOT_RECORDED
-    shares = f"global time, validation share {_values(table, 'validation')}, test share {_values(table, 'test')}"
-    retrieval = [is_retrieval(metric) for metric in table.metrics()]
-    if not any(retrieval):
-        return shares
-    return "leave-last-out" if all(retrieval) else f"ranking: {shares}; retrieval: leave-last-out"
 
 
 def _noise(families: Sequence[FamilyResult], table: Table) -> str:
     spread = np.concatenate([f.points.spread for f in families])
     known = spread[np.isfinite(spread)]
     seeds = f"median seed standard deviation {np.median(known):.2g}" if len(known) else "one seed: not measured"
-    return f"{_sentence(seeds)} over {len(known)} configurations; evaluation noise: {_evaluation_noise(table)}."
+    return f"{sentence(seeds)} over {len(known)} configurations; evaluation noise: {_evaluation_noise(table)}."
 
 
 def _evaluation_noise(table: Table) -> str:
     """The standard error of NE that a finite set of evaluation users leaves, where the table records it."""
-    if not table.has("ne_error"):
-        return NOT_RECORDED
-    errors = table.where(done(table)).numbers("ne_error")
-    errors = errors[np.isfinite(errors)]
+    errors = evaluation_errors(table, "ne")
     if not len(errors):
         return NOT_RECORDED
     # All trials score the same impressions, so this part of the noise is common to them.

@@ -20,7 +20,9 @@ from scaling.table import FloatArray
 MIN_CONFIGS, MIN_DECADES, MAX_CONDITION, MAX_EXTRAPOLATION = 5, 1.5, 1e4, 10.0
 _MAX_CUTS = 5
 # Forms this close in AICc are not told apart by it (Burnham & Anderson); the held-out error then decides.
-_AICC_TIE = 2.0
+AICC_TIE = 2.0
+# A form this much higher in AICc has no support beside the lowest (the same source).
+REJECTED_GAP = 10.0
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ def choose(fits: dict[str, CurveFit]) -> str:
     if not finite:
         return min(sound, key=lambda name: laws.N_PARAMS[name])
     best = min(fit.aicc for fit in finite.values())
-    tied = {name: fit for name, fit in finite.items() if fit.aicc <= best + _AICC_TIE}
+    tied = {name: fit for name, fit in finite.items() if fit.aicc <= best + AICC_TIE}
     errors = shared_held_out(tied)
     return min(tied, key=lambda name: (errors[name], laws.N_PARAMS[name]))
 
@@ -173,6 +175,40 @@ def shared_held_out(fits: dict[str, CurveFit]) -> dict[str, float]:
     shared = set.intersection(*({cut.cut for cut in fit.held_out} for fit in fits.values()))
     errors = {name: [cut.mape for cut in fit.held_out if cut.cut in shared] for name, fit in fits.items()}
     return {name: float(np.mean(own)) if own else math.inf for name, own in errors.items()}
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A form beside the chosen one: how much higher its AICc is, and both held-out errors (%) on the cuts they share.
+
+    The errors are infinite where no cut is shared.
+    """
+
+    form: str
+    aicc_gap: float
+    held_out: float
+    chosen_held_out: float
+
+    @property
+    def rejected(self) -> bool:
+        """Whether the chosen form beats it by more than scatter explains, in AICc and, by a factor of two, held out."""
+        return REJECTED_GAP < self.aicc_gap < math.inf and self.held_out > 2 * self.chosen_held_out
+
+    @property
+    def forecasts_better(self) -> bool:
+        """Whether it has less than half the chosen form's held-out error: AICc, or too few runs for it, decided."""
+        return 2 * self.held_out < self.chosen_held_out
+
+
+def rivals(fits: dict[str, CurveFit], chosen: str) -> list[Rival]:
+    """Every other form held against the chosen one."""
+    best = fits[chosen]
+    found = []
+    for form, fit in fits.items():
+        if form != chosen:
+            errors = shared_held_out({chosen: best, form: fit})
+            found.append(Rival(form, fit.aicc - best.aicc, errors[form], errors[chosen]))
+    return found
 
 
 def jacobian(curves: Curves, x: FloatArray) -> FloatArray:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from scaling.bootstrap import bootstrap
 from scaling.family import mixed
-from scaling.fit import CurveFit, Points, Warn, choose, fit_forms, fit_warnings, shared_held_out
+from scaling.fit import CurveFit, Warn, choose, fit_forms, fit_warnings, rivals
 from scaling.joint.envelope import envelope
 from scaling.joint.fit import JointFit, fit_joint
 from scaling.joint.isoflop import IsoFlop, Power, isoflop
@@ -160,21 +160,18 @@ def _curve(
         "runs": points.n_runs,
         "decades": points.decades,
         "bootstrap": boot.description if boot else None,
-        "warnings": warnings_of((*more, *fit_warnings(points, best), *_rejected(points, fits, form))),
+        "warnings": warnings_of((*more, *fit_warnings(points, best), *_rejected(fits, form))),
         "forms": {name: curve_to_json(fit, boots[name]) for name, fit in fits.items()},
     }
 
 
-def _rejected(points: Points, fits: Mapping[str, CurveFit], form: str) -> list[Warn]:
+def _rejected(fits: dict[str, CurveFit], form: str) -> list[Warn]:
     """The forms that the chosen one beats where both were held out, by a factor that no scatter explains."""
     found = []
-    for name, fit in fits.items():
-        if name == form or not fit.held_out or not fits[form].held_out:
-            continue
-        errors = shared_held_out({form: fits[form], name: fit})
-        if fit.aicc > fits[form].aicc + 10 and errors[name] > 2 * errors[form]:
-            apart = f"AICc {fit.aicc - fits[form].aicc:.0f} higher"
-            text = f"{name} is rejected: held-out error {errors[name]:.3g} % against {errors[form]:.3g} %, {apart}"
+    for rival in rivals(fits, form):
+        if rival.rejected:
+            errors = f"held-out error {rival.held_out:.3g} % against {rival.chosen_held_out:.3g} %"
+            text = f"{rival.form} is rejected: {errors}, AICc {rival.aicc_gap:.0f} higher"
             found.append(Warn("form_rejected", text))
     return found
 

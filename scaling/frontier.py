@@ -8,7 +8,7 @@ quality inside BOTH observed ranges, a slope only over the compute both families
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -174,7 +174,7 @@ def compare_exponents(base: Fitted, new: Fitted) -> Exponents | None:
 
 def compare(base: Family, new: Family) -> Comparison:
     """All comparisons of two families fitted to the same metric on the same x."""
-    slope_range = _common(base, new)
+    slope_range = common_x(base, new)
     slopes = difference = slope_interval = None
     crossings, crossing, crossing_interval, share = 0, None, None, None
     if slope_range is not None:
@@ -196,6 +196,16 @@ def compare(base: Family, new: Family) -> Comparison:
         crossing_interval=crossing_interval,
         crossing_share=share,
     )
+
+
+def lead(first: Family, second: Family, x: float, *, rising: bool) -> tuple[float, Interval | None]:
+    """How much better the first family's curve is than the second's at one x, with the interval of the difference."""
+    at, sign = np.array([x]), 1.0 if rising else -1.0
+    value = sign * float(first.fit.at(at)[0] - second.fit.at(at)[0])
+    if first.boot is None or second.boot is None:
+        return value, None
+    draws = sign * (first.boot.draws.at(at) - second.boot.draws.at(at))[:, 0]
+    return value, interval(draws, _level(first, second))
 
 
 def slope_per_decade(family: Family) -> tuple[float, Interval | None]:
@@ -224,10 +234,16 @@ def _slope(curves: Curves, ends: Interval) -> FloatArray:
     return (values[:, 1] - values[:, 0]) / np.log10(ends[1] / ends[0])
 
 
-def _common(base: Family, new: Family) -> Interval | None:
-    low = max(float(base.points.x.min()), float(new.points.x.min()))
-    high = min(float(base.points.x.max()), float(new.points.x.max()))
+def common_x(*families: Family) -> Interval | None:
+    """The range of x that all the families cover, None where there is none."""
+    low = max(float(family.points.x.min()) for family in families)
+    high = min(float(family.points.x.max()) for family in families)
     return (low, high) if low < high else None
+
+
+def ranked(families: Iterable[Family], x: float, *, rising: bool) -> list[Family]:
+    """The families by what their laws say at x, the best first."""
+    return sorted(families, key=lambda family: float(family.fit.at([x])[0]), reverse=rising)
 
 
 def _inside(family: Family, log_x: FloatArray) -> FloatArray:

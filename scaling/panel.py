@@ -52,6 +52,16 @@ class Panel:
         """Study, dataset and metric: the panels that share them make one section of a page."""
         return self.study, self.dataset, self.metric
 
+    @property
+    def comparable(self) -> bool:
+        """Whether the families were scored on the same evaluation set, as far as the table says."""
+        return all(warn.code != "mixed_eval_set" for warn in self.warnings)
+
+    @property
+    def fitted(self) -> list[Family]:
+        """The families that have a law."""
+        return [family for one in self.families if (family := one.family) is not None]
+
 
 def usable(table: Table, s: Settings) -> BoolArray:
     """Mask (rows,) of finished trials with a positive x and a value of the metric."""

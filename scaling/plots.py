@@ -34,11 +34,14 @@ from scaling.style import (
 )
 from scaling.table import FloatArray
 
-_X_NAMES = {
+X_NAMES = {
     "train_flops": "training compute C (FLOPs)",
     "flops_per_target": "training FLOPs per target",
     "targets": "supervised targets D",
     "dense_params": "dense parameters N",
+    "active_params": "active parameters",
+    "train_seconds": "training time (s)",
+    "wall_seconds": "wall-clock time (s)",
 }
 _SYMBOLS = {"train_flops": "C", "targets": "D", "dense_params": "N"}
 
@@ -77,7 +80,7 @@ class Reference:
 
 def x_name(panel: Panel) -> str:
     """The x axis' label."""
-    return (panel.axis or "").replace("_", " ") or _X_NAMES.get(panel.x, panel.x)
+    return (panel.axis or "").replace("_", " ") or X_NAMES.get(panel.x, panel.x)
 
 
 def x_symbol(panel: Panel) -> str:
@@ -144,7 +147,7 @@ def law_figure(
         handlelength=3.2,
     )
     title = f"{names[0]} against {x_name(panel)}"
-    return Plot(_key(panel, "law"), title, render(figure, title), rows, _law_alt(panel, title))
+    return Plot(_key(panel, "law"), title, render(figure, title), rows, _law_alt(panel, title), figure)
 
 
 @styled
@@ -179,7 +182,7 @@ def ratio_figure(panel: Panel, styles: dict[str, FamilyStyle] | None = None) -> 
     figure.legend(loc="outside lower left", ncols=min(len(shown), 3), frameon=False, handlelength=3.2)
     title = f"Compute that {base_name(panel)} needs for equal {name}, relative to each family"
     alt = f"{title}, inside both observed ranges. {'; '.join(said)}."
-    return Plot(_key(panel, "equal-quality"), title, render(figure, title), rows, alt)
+    return Plot(_key(panel, "equal-quality"), title, render(figure, title), rows, alt, figure)
 
 
 @styled
@@ -205,7 +208,7 @@ def residual_figure(panel: Panel, styles: dict[str, FamilyStyle] | None = None) 
     worst = max(abs(float(str(row["y"]))) for row in rows)
     title = f"Residuals of {metric_name(panel.metric)}"
     alt = f"{title}: log residual of each run in per cent against {x_name(panel)}; the largest is {worst:.3g}."
-    return Plot(_key(panel, "residuals"), title, render(figure, title), rows, alt)
+    return Plot(_key(panel, "residuals"), title, render(figure, title), rows, alt, figure)
 
 
 @styled
@@ -233,7 +236,8 @@ def held_out_figure(panel: Panel, styles: dict[str, FamilyStyle] | None = None) 
     figure.legend(loc="outside lower left", ncols=2, frameon=False, handlelength=3.2)
     means = "; ".join(f"{f.name} {form} {fit.held_out_mape:.3g} %" for f, form, fit in cuts)
     title = f"Held-out error of each form, {metric_name(panel.metric)}"
-    return Plot(_key(panel, "held-out"), title, render(figure, title), rows, f"{title}, mean over cuts: {means}.")
+    alt = f"{title}, mean over cuts: {means}."
+    return Plot(_key(panel, "held-out"), title, render(figure, title), rows, alt, figure)
 
 
 def _draw_family(

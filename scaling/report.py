@@ -1,4 +1,4 @@
-"""One self-contained HTML page for a results table: headline, figures, fits, warnings, checklist, every trial.
+"""One self-contained HTML page for a results table: question, protocol, laws, what would change them, every trial.
 
 The page needs no network and no server; figures are inline SVG that follow the reader's light or dark theme, and every
 figure offers its numbers as CSV. All text that comes from the table is escaped.
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Unpack
 
 from scaling.body import Body
+from scaling.latex import laws_tex
 from scaling.metrics import is_compact, metrics_of_split
 from scaling.page import document
 from scaling.plots import Reference
@@ -56,7 +57,8 @@ def write_report(
         references: known values to draw and to compare fitted constants with.
         metric: the headline metric, each section's `default_metric` if None or absent there; the others get compact
             figures, those of the validation split where the headline is of it.
-        assets_dir: also save every figure there as svg and csv, and the trials as `trials.csv`.
+        assets_dir: also save every figure there as svg and csv, those of the headline metric as pdf, too, the laws as
+            `laws.tex`, a LaTeX table, and the trials as `trials.csv`.
         options: the arguments of `analyse` of the same names.
 
     Returns:
@@ -74,11 +76,20 @@ def write_report(
     page = document(title, body.html(title, summary))
     write_whole(out_html, page)
     if assets_dir is not None:
-        for plot in body.plots:
-            write_whole(assets_dir / f"{plot.key}.svg", plot.svg)
-            write_whole(assets_dir / f"{plot.key}.csv", plot.csv())
-        write_whole(assets_dir / "trials.csv", table.to_csv())
+        _write_assets(assets_dir, body, table)
     return analysis
+
+
+def _write_assets(folder: Path, body: Body, table: Table) -> None:
+    """The figures of a page and its tables as files of their own, for a paper."""
+    for plot in body.plots:
+        write_whole(folder / f"{plot.key}.svg", plot.svg)
+        write_whole(folder / f"{plot.key}.csv", plot.csv())
+    for plot in body.main_plots:
+        write_whole(folder / f"{plot.key}.pdf", plot.pdf())
+    if laws := laws_tex(body.analysis):
+        write_whole(folder / "laws.tex", laws)
+    write_whole(folder / "trials.csv", table.to_csv())
 
 
 def compact_metrics(table: Table, analysis: Analysis) -> list[str]:
@@ -102,9 +113,9 @@ def _without_headlines(other: Analysis, main: Analysis) -> Analysis:
     return replace(other, panels=tuple(panel for panel in other.panels if panel.place not in shown))
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write through a neighbour and a rename, so that a reader never sees half a file."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write through a neighbour and a rename, so that a reader never sees half a file; text as UTF-8."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8", newline="")
+    part.write_bytes(content.encode() if isinstance(content, str) else content)
     part.replace(path)

@@ -100,8 +100,7 @@ def analyse(
     if form != "auto" and form not in laws.FORMS:
         raise ValueError(f"unknown form {form!r}: use auto, {', '.join(laws.FORMS)}")
     main = metric or _main_metric(table, x)
-    if group not in table.columns and group == "family":
-        table = table.with_column(group, "all runs")
+    table = with_families(table, group)
     table.require(main, x, group)
     joint = axes and x == "train_flops" and not frontier
     settings = Settings(main, x, group, form, base, frontier, n_boot, seed, tuple(predict_at), joint)
@@ -119,6 +118,11 @@ def analyse(
     statuses = table.text("status", "done")
     counts = {status: statuses.count(status) for status in dict.fromkeys(statuses)}
     return Analysis(main, x, group, higher_is_better(main), seed, n_boot, counts, tuple(panels))
+
+
+def with_families(table: Table, group: str) -> Table:
+    """The table; without the default column of families all of it is one, "all runs"."""
+    return table.with_column(group, "all runs") if group == "family" and group not in table.columns else table
 
 
 def _main_metric(table: Table, x: str) -> str:

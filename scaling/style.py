@@ -12,12 +12,13 @@ import io
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
@@ -33,6 +34,7 @@ _RC: Any = {  # matplotlib types its settings as one long literal
     "text.parse_math": False,  # a dollar sign in a family name is a dollar sign
     "svg.fonttype": "none",
     "svg.hashsalt": "scaling",
+    "pdf.fonttype": 42,  # TrueType: many venues refuse type 3 fonts
     "font.family": "DejaVu Sans",
     "font.size": 10.0,
     "axes.labelsize": 10.0,
@@ -74,7 +76,8 @@ class Plot:
     """A drawn figure with what it says.
 
     `svg` is its text (text kept as text, no date); `rows` are the plotted numbers (one dictionary per mark);
-    `alt` describes the figure in words with its fitted numbers; `key` is a file-name-safe name.
+    `alt` describes the figure in words with its fitted numbers; `key` is a file-name-safe name; `figure` is
+    what was drawn.
     """
 
     key: str
@@ -82,10 +85,18 @@ class Plot:
     svg: str
     rows: list[dict[str, object]]
     alt: str
+    figure: Figure = field(repr=False, compare=False)
 
     def csv(self) -> str:
         """The plotted numbers as CSV text."""
         return rows_to_csv(list(dict.fromkeys(key for row in self.rows for key in row)), self.rows)
+
+    def pdf(self) -> bytes:
+        """The figure as a PDF for a paper, its text kept as text; the same bytes for the same numbers."""
+        out = io.BytesIO()
+        with matplotlib.rc_context(_RC):
+            FigureCanvasPdf(self.figure).print_pdf(out, metadata={"CreationDate": None, "Title": self.title})
+        return out.getvalue()
 
 
 def styled[**P, R](draw: Callable[P, R]) -> Callable[P, R]:
@@ -205,6 +216,11 @@ def number(value: float, digits: int = 5) -> str:
 def interval_text(pair: tuple[float, float] | None, digits: int = 5) -> str:
     """An interval to read, `[low, high]`; empty where there is none."""
     return f"[{number(pair[0], digits)}, {number(pair[1], digits)}]" if pair else ""
+
+
+def with_interval(value: float, pair: tuple[float, float] | None, digits: int = 5) -> str:
+    """A value and, where there is one, its interval."""
+    return f"{number(value, digits)} {interval_text(pair, digits)}".rstrip()
 
 
 def equation(form: str, params: dict[str, float], y: str, x: str) -> str:

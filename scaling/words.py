@@ -6,16 +6,43 @@ import math
 
 import numpy as np
 
-from scaling.frontier import Comparison, Exponents
+from scaling.frontier import Comparison, Exponents, common_x, lead, ranked
 from scaling.laws import FORM_NAMES
 from scaling.metrics import higher_is_better, metric_name
 from scaling.page import esc
 from scaling.panel import Panel
 from scaling.plots import x_symbol
-from scaling.style import interval_text, number
+from scaling.style import interval_text, number, tick, with_interval
 
 # A 95 % interval of a compute ratio wider than this factor says nothing that a reader could use.
 _UNDETERMINED = 1e6
+RESIDUALS_NOTE = (
+    "Scatter around zero without a pattern is what a right form leaves. One sign in the middle and the other at both "
+    "ends means a bend that the form lacks; a trend at the largest sizes, a law that does not go on as drawn; a fan, "
+    "noise that changes with size, which intervals take to be even; a point far off, a run to look at."
+)
+HELD_OUT_NOTE = (
+    "Each form was fitted below a cut and scored on everything from the cut up: the error it would have made as a "
+    "forecast. To the left less was known and more forecast; the lower line of a family is the better form."
+)
+
+
+def answer_html(panel: Panel) -> str:
+    """Who is best at the least and at the largest x that all families were seen at, by the laws; empty without two."""
+    fitted, rising = panel.fitted, higher_is_better(panel.metric)
+    ends = common_x(*fitted) if len(fitted) > 1 and panel.comparable else None
+    if ends is None:
+        return ""
+    name, x = metric_name(panel.metric), x_symbol(panel)
+    said = []
+    for end, which in zip(ends, ("smallest", "largest")):
+        first, second = ranked(fitted, end, rising=rising)[:2]
+        ahead, limits = lead(first, second, end, rising=rising)
+        where = f"at {x} = {tick(float(f'{end:.3g}'))}, the {which} that all were seen at"
+        value = number(float(first.fit.at([end])[0]), 4)
+        said.append(f"{first.name} {where} ({value}, ahead of {second.name} by {with_interval(ahead, limits, 2)})")
+    text = f"by the fitted laws, {name} is {'highest' if rising else 'lowest'} for {'; '.join(said)}"
+    return f"<p><strong>In short:</strong> {esc(text)}.</p>"
 
 
 def comparison_html(c: Comparison, panel: Panel) -> str:
