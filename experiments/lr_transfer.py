@@ -6,8 +6,8 @@
 HSTU, DirL and the Transformer at widths over a 16-fold range, by the standard parametrisation and by muP, trained with
 learning rates a factor of two apart. Chosen by the validation NE; the test part is not evaluated.
 
-Small: widths 32 to 512, 240 trials of 100 steps, about two hours with two workers on two cores. Medium: 64 to
-1,024, 400 steps, two seeds.
+Small: widths 16 to 256, 240 trials of 100 steps, about 40 minutes with two workers on two cores. Medium: 32 to
+512, two seeds.
 
 Expect the best rate to fall with the width by the standard parametrisation, and to stay where it is under muP.
 """
@@ -41,7 +41,7 @@ STUDY = Study(
     name="lr_transfer",
     title="Learning rates across widths",
     doc=(__doc__ or "").strip(),
-    points={"small": _grid([32, 64, 128, 256, 512], [0]), "medium": _grid([64, 128, 256, 512, 1024], [0, 1])},
+    points={"small": _grid([16, 32, 64, 128, 256], [0]), "medium": _grid([32, 64, 128, 256, 512], [0, 1])},
     metric="validation/ne",
     axis="learning_rate",
     base={
