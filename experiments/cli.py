@@ -191,10 +191,11 @@ def results(runs: Positional[tuple[Somewhere, ...]], *, out: Path) -> None:
 
 
 def compare(trials: Positional[tuple[Path, ...]]) -> None:
-    """Hold trained trials against the first on the same test impressions: NE and paired 95 % intervals.
+    """Hold trained trials against the first on the same impressions: NE and paired 95 % intervals.
 
     Args:
-        trials: Folders of finished ranking trials (as `genrec train` writes, or trials/HASH of a study).
+        trials: Folders of finished ranking trials (as `genrec train` writes, or trials/HASH of a study); or one folder
+            of a study, whose families are compared at the largest compute that all reached.
     """
     from experiments.compare import compare_command
 
