@@ -202,6 +202,21 @@ def compare(trials: Positional[tuple[Path, ...]]) -> None:
     compare_command(trials)
 
 
+def stream(trials: Positional[tuple[Path, ...]], *, out: Path, period: str = "1d", rate: float = 0.1) -> None:
+    """Stream trained rankers: predict every period after their training part, then train on it; beside the fixed split.
+
+    Args:
+        trials: Folders of finished ranking trials, or of a study, whose families are streamed at the largest compute
+            that all of them reached.
+        out: Folder of the records; run again to go on after the last period.
+        period: Length of a period: a whole number of s, m, h, d or w.
+        rate: Share of the trial's learning rates at which it goes on, constant.
+    """
+    from experiments.streaming import stream_command
+
+    stream_command(trials, out, period, rate)
+
+
 def score(
     model: Positional[Path],
     *,
@@ -320,6 +335,7 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
     "recipe": recipe,
     "results": results,
     "compare": compare,
+    "stream": stream,
     "score": score,
     "export": export,
     "weights": weights,

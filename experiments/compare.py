@@ -123,7 +123,7 @@ def _finished(folder: Path) -> tuple[Trial, Mapping[str, Any]]:
 
 def _evaluated(folder: Path, trial: Trial, result: Mapping[str, Any]) -> tuple[str, UserSums]:
     """Which impressions a trial's result is of, and what their users add to its NE."""
-    sums = read_users(folder)
+    sums = read_users(folder / "users.npz")
     if sums is not None:
         return str(result["eval_set"]), sums
     if trial.data.digest and digest_of(trial.data.path) != trial.data.digest:

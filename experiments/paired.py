@@ -26,6 +26,7 @@ _SAME = 1.05  # FLOPs that differ by less are not two rungs
 class Top:
     """A family's configuration nearest to the largest compute that all families reached, one trial per seed."""
 
+    study: str
     family: str
     label: str
     train_flops: float
@@ -36,7 +37,6 @@ class Top:
 class Apart:
     """Two families of a study at their tops; NE averaged over seeds, ``users`` evaluated."""
 
-    study: str
     base: Top
     new: Top
     base_ne: float
@@ -52,27 +52,33 @@ def families_apart(out: Place, rows: Sequence[Row]) -> list[Apart]:
     finished trials at their tops hold what is needed; without two such families there is nothing to say.
     """
     found = []
-    for study, part in _sections(rows):
-        tops = [top for top in _tops(part) if users_of(out, top.trials)]
-        base = next((top for top in tops if top.family == _BASE), tops[0] if tops else None)
-        for new in tops:
-            if base is not None and new is not base:
-                found.append(_apart(out, study, base, new))
+    for group in tops(rows):
+        known = [top for top in group if users_of(out, top.trials)]
+        base = next((top for top in known if top.family == _BASE), known[0] if known else None)
+        found += [_apart(out, base, new) for new in known if base is not None and new is not base]
     return found
+
+
+def tops(rows: Sequence[Row]) -> list[list[Top]]:
+    """The families of each study and set of impressions, by name, at the largest compute that all of them reached.
+
+    A family with several configurations of that compute has no top: no one of them stands for it.
+    """
+    return [_tops(study, part) for study, part in _sections(rows)]
 
 
 def users_of(out: Place, trials: Sequence[str]) -> list[UserSums]:
     """What the users of each trial added to its NE; nothing if one of them has no such record."""
-    found = [read_users(trial_folder(out, name)) for name in trials]
+    found = [read_users(trial_folder(out, name) / "users.npz") for name in trials]
     known = [one for one in found if one is not None]
     return known if len(known) == len(found) else []
 
 
 def remarks(found: Sequence[Apart]) -> list[str]:
     """One paragraph per study and dataset: how far apart its families are, and how much of that is noise."""
-    groups: dict[tuple[str, Top], list[Apart]] = {}
+    groups: dict[Top, list[Apart]] = {}
     for one in found:
-        groups.setdefault((one.study, one.base), []).append(one)
+        groups.setdefault(one.base, []).append(one)
     return [_paragraph(group) for group in groups.values()]
 
 
@@ -81,10 +87,10 @@ def plus_minus(apart: Difference) -> str:
     return f"{apart.value:+.4f} ± {apart.error:.4f}"
 
 
-def _apart(out: Place, study: str, base: Top, new: Top) -> Apart:
+def _apart(out: Place, base: Top, new: Top) -> Apart:
     own, other = users_of(out, base.trials), users_of(out, new.trials)
     base_ne, new_ne = (float(np.mean([one.mean_ne() for one in side])) for side in (own, other))
-    return Apart(study, base, new, base_ne, new_ne, len(own[0].users), difference(own, other))
+    return Apart(base, new, base_ne, new_ne, len(own[0].users), difference(own, other))
 
 
 def _sections(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
@@ -97,12 +103,13 @@ def _sections(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
         yield study, part
 
 
-def _tops(rows: Sequence[Row]) -> list[Top]:
-    """By family; none for a family with several configurations of that compute, of which no one is its top."""
+def _tops(study: str, rows: Sequence[Row]) -> list[Top]:
     families: dict[str, dict[str, list[Row]]] = {}
     for row in rows:
         families.setdefault(row["family"], {}).setdefault(row["label"], []).append(row)
-    ladders = {family: [_top(family, label, own) for label, own in found.items()] for family, found in families.items()}
+    ladders = {
+        family: [_top(study, family, label, own) for label, own in found.items()] for family, found in families.items()
+    }
     reached = min((max(one.train_flops for one in ladder) for ladder in ladders.values()), default=0.0)
     found = []
     for family in sorted(ladders):
@@ -112,9 +119,9 @@ def _tops(rows: Sequence[Row]) -> list[Top]:
     return found
 
 
-def _top(family: str, label: str, rows: Sequence[Row]) -> Top:
+def _top(study: str, family: str, label: str, rows: Sequence[Row]) -> Top:
     flops = float(np.mean([row["train_flops"] for row in rows]))
-    return Top(family, label, flops, tuple(sorted({row["trial"] for row in rows})))
+    return Top(study, family, label, flops, tuple(sorted({row["trial"] for row in rows})))
 
 
 def _paragraph(group: Sequence[Apart]) -> str:

@@ -40,6 +40,20 @@ class UserSums:
         losses, positives = summed(row_losses(logits, labels)), summed(np.asarray(labels, np.float64))
         return cls(tuple(tasks), found.astype(np.int64), rows.astype(np.int64), losses, positives.astype(np.int64))
 
+    @classmethod
+    def pooled(cls, parts: Sequence["UserSums"]) -> "UserSums":
+        """Of the impressions of all parts, which have the same tasks, together; a user may be in several."""
+        users = np.concatenate([one.users for one in parts])
+        found, user = np.unique(users, return_inverse=True)
+
+        def summed(name: str) -> np.ndarray:
+            columns = np.concatenate([getattr(one, name) for one in parts])
+            total = np.zeros((len(found), *columns.shape[1:]), columns.dtype)
+            np.add.at(total, user, columns)
+            return total
+
+        return cls(parts[0].tasks, found, summed("rows"), summed("losses"), summed("positives"))
+
     def ne(self, weights: np.ndarray | None = None) -> np.ndarray:
         """NE [A] by task, NaN where it is undefined; for ``weights`` [B, U], how often each user was drawn, [B, A]."""
         if weights is None:

@@ -127,7 +127,13 @@ def read_trial(folder: Path) -> Trial:
 
 
 def restored(trial: Trial, run_dir: Path) -> tuple[Sequences, Model, Any]:
-    """The data, the model and the trained parameters of a trial, from its newest checkpoint, or the best if it selects.
+    """The data, the model and the trained parameters of a trial; see :func:`restored_state`."""
+    sequences, state = restored_state(trial, run_dir)
+    return sequences, abstract_model(trial, sequences.schema), state.params
+
+
+def restored_state(trial: Trial, run_dir: Path) -> tuple[Sequences, State]:
+    """The data and the state of a trained trial, from its newest checkpoint, or the best if it selects.
 
     Raises UserError for unusable data, or if the folder has no checkpoint.
     """
@@ -142,7 +148,7 @@ def restored(trial: Trial, run_dir: Path) -> tuple[Sequences, Model, Any]:
             found = checkpoints.restore(like, best=trial.train.select == "best")
     if found is None:
         raise UserError(f"{run_dir} has no checkpoint")
-    return sequences, abstract_model(trial, sequences.schema), found[1].params
+    return sequences, found[1]
 
 
 class _Pack:

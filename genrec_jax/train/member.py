@@ -110,7 +110,7 @@ class Member:
     def keep_users(self, found: Metrics) -> None:
         """Records what each user added to the NE that the result will hold; ranks add nothing to it."""
         if isinstance(found, RankingMetrics):
-            write_users(self.records, found.sums())
+            write_users(self.records / "users.npz", found.sums())
 
     def save(self, step: int, state: State, wall_seconds: float, *, validated: bool) -> None:
         """Writes a checkpoint; ``validated``: scored by the latest evaluation, which is of this step."""

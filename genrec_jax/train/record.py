@@ -24,17 +24,17 @@ def write_json(path: Place, record: dict[str, Any]) -> None:
     write_text(path, json.dumps(record, indent=1) + "\n")
 
 
-def write_users(folder: Place, sums: UserSums) -> None:
-    """Writes ``users.npz``: what each evaluated user adds to NE, in the part that the result's ``eval_set`` names."""
+def write_users(path: Place, sums: UserSums) -> None:
+    """Writes what each evaluated user adds to NE: in a trial's ``users.npz``, of the part that ``eval_set`` names."""
     content = io.BytesIO()
     np.savez_compressed(content, **dataclasses.asdict(sums))
-    write_whole(folder / "users.npz", content.getvalue())
+    write_whole(path, content.getvalue())
 
 
-def read_users(folder: Place) -> UserSums | None:
-    """The inverse; None for a folder without such a record, as older ones and those of retrieval are."""
+def read_users(path: Place) -> UserSums | None:
+    """The inverse; None where there is no such record, as with older trials and those of retrieval."""
     try:
-        with np.load(io.BytesIO((folder / "users.npz").read_bytes())) as found:
+        with np.load(io.BytesIO(path.read_bytes())) as found:
             return UserSums(tasks=tuple(found["tasks"].tolist()), **{name: found[name] for name in _COLUMNS})
     except (FileNotFoundError, NotADirectoryError, KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
         return None

@@ -54,7 +54,7 @@ class Rows:
         (self.out / "trials" / name).mkdir(parents=True)
         noise = np.random.default_rng(len(self.rows)).normal(size=self.labels.shape)
         sums = UserSums.of(("like",), noise, self.labels, self.users)
-        write_users(self.out / "trials" / name, sums)
+        write_users(self.out / "trials" / name / "users.npz", sums)
         known = {"trial": name, "family": family, "label": label, "axis_value": value, "status": "done"}
         self.rows.append(known | {"validation/ne": ne, "ne": test} | more)
         return sums

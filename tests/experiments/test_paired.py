@@ -43,7 +43,7 @@ class Records:
         write_json(folder / "plan.json", {"placements": [place]})
         known = {"status": "done", "train_flops": flops, "ne": float(sums.mean_ne()), "eval_set": "e", "dataset": "d"}
         write_json(folder / "result.json", known | more)
-        write_users(folder, sums)
+        write_users(folder / "users.npz", sums)
         return sums
 
     def apart(self) -> list[Apart]:

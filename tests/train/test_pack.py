@@ -82,7 +82,7 @@ def assert_same_records(trial: Trial, found: Path, expected: Path) -> None:
     assert list(results[0]) == list(results[1])
     assert_equal(*map(untimed, results))
     assert_equal(lines(found), lines(expected))
-    sums = [read_users(run) for run in (found, expected)]
+    sums = [read_users(run / "users.npz") for run in (found, expected)]
     if sums[0] is not None:
         assert_equal(*({key: value.tolist() for key, value in vars(own).items() if key != "tasks"} for own in sums))
     if results[1]["status"] == "done":

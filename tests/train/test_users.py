@@ -23,7 +23,7 @@ def sequences(tmp_path_factory: pytest.TempPathFactory) -> Sequences:
 
 
 def kept(run: Path) -> UserSums:
-    found = read_users(run)
+    found = read_users(run / "users.npz")
     assert found is not None
     return found
 
@@ -93,10 +93,10 @@ def test_ranks_have_no_ne(sequences: Sequences, tmp_path: Path) -> None:
     settings = {"data.candidates": 1, "model.heads": 1, "model.negatives": 4}
     loop.train(trial_of(sequences, "hstu_retrieval", **settings), tmp_path / "run")
     assert not (tmp_path / "run/users.npz").exists()
-    assert read_users(tmp_path / "run") is None
+    assert read_users(tmp_path / "run/users.npz") is None
 
 
 @pytest.mark.parametrize("content", [b"", b"PK", b"no archive"])
 def test_a_damaged_record_is_none(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "users.npz").write_bytes(content)
-    assert read_users(tmp_path) is None
+    assert read_users(tmp_path / "users.npz") is None
