@@ -191,14 +191,30 @@ def results(runs: Positional[tuple[Somewhere, ...]], *, out: Path) -> None:
 
 
 def compare(trials: Positional[tuple[Path, ...]]) -> None:
-    """Hold trained trials against the first on the same test impressions: NE and paired 95 % intervals.
+    """Hold trained trials against the first on the same impressions: NE and paired 95 % intervals.
 
     Args:
-        trials: Folders of finished ranking trials (as `genrec train` writes, or trials/HASH of a study).
+        trials: Folders of finished ranking trials (as `genrec train` writes, or trials/HASH of a study); or one folder
+            of a study, whose families are compared at the largest compute that all reached.
     """
     from experiments.compare import compare_command
 
     compare_command(trials)
+
+
+def stream(trials: Positional[tuple[Path, ...]], *, out: Path, period: str = "1d", rate: float = 0.1) -> None:
+    """Stream trained rankers: predict every period after their training part, then train on it; beside the fixed split.
+
+    Args:
+        trials: Folders of finished ranking trials, or of a study, whose families are streamed at the largest compute
+            that all of them reached.
+        out: Folder of the records; run again to go on after the last period.
+        period: Length of a period: a whole number of s, m, h, d or w.
+        rate: Share of the trial's learning rates at which it goes on, constant.
+    """
+    from experiments.streaming import stream_command
+
+    stream_command(trials, out, period, rate)
 
 
 def score(
@@ -319,6 +335,7 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
     "recipe": recipe,
     "results": results,
     "compare": compare,
+    "stream": stream,
     "score": score,
     "export": export,
     "weights": weights,

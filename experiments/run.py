@@ -5,6 +5,7 @@ import importlib
 import pkgutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import experiments
 from experiments.executors import ExecutorConfig, Training, make_executor
@@ -38,6 +39,7 @@ def run_named(
     """Runs a study and writes its table and report; returns the exit code (1 if a trial failed for good)."""
     from experiments.dry_run import print_plan, with_cost
     from experiments.launch import run_study
+    from experiments.remarks import write_remarks
     from experiments.truth import write_notes, write_references
     from genrec_jax.data.catalog import load_any
     from genrec_jax.data.sequences import digest_of
@@ -64,6 +66,8 @@ def run_named(
     summary = run_study(planned, target, executor=executor, quiet=quiet, how=how)
     print(f"{summary.done} done, {summary.diverged} diverged, {len(summary.failed)} failed; table {summary.table}")
     if summary.done:
+        for remark in write_remarks(study, target):
+            print(remark)
         write_report([target], target / "report.html")
     return 1 if summary.failed else 0
 
@@ -89,7 +93,7 @@ def _write_page(runs: list[Path], out: Path, y: str | None, x: str, group: str) 
     import scaling
     from experiments.truth import read_notes, read_references
 
-    headings = {path: heading for path in runs if (heading := read_record(path / "study.json")) is not None}
+    headings = {path: heading for path in runs if (heading := _heading(path)) is not None}
     title, summary, metric = "Scaling report", "", None
     intros: dict[str, str] = {}
     if len(runs) == 1 and headings:
@@ -115,6 +119,16 @@ def _write_page(runs: list[Path], out: Path, y: str | None, x: str, group: str) 
     )
     for line in scaling.held_against_truth(analysis, references):
         print(line)
+
+
+def _heading(folder: Path) -> dict[str, Any] | None:
+    """A study's title, question and metric; what it came to goes with the question."""
+    from experiments.remarks import read_remarks
+
+    heading = read_record(folder / "study.json")
+    if heading is not None:
+        heading["summary"] = "\n\n".join([heading["summary"], *read_remarks(folder)])
+    return heading
 
 
 def _intros(headings: Mapping[Path, Mapping[str, str]]) -> dict[str, str]:

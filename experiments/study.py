@@ -1,14 +1,16 @@
 """What a study is: named points by budget, the metric it reads and the axis it draws them on."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from experiments.sweep import Point, Sweep
 from genrec_jax.config import Trial, default_trial, override
 from genrec_jax.errors import UserError
+from genrec_jax.train.places import Place
 
 Budget = Literal["small", "medium", "large"]
+Conclusion = Callable[[Place, Sequence[Mapping[str, Any]]], list[str]]
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Study:
     """One question put to the lab.
 
     doc: the question and the expected answer. points: the sweep of each budget. metric: the column of the results table
-    that answers it. axis: the x column. base: keys that every point shares.
+    that answers it. axis: the x column. base: keys that every point shares. conclude: (folder of the study, its rows of
+    the results table) -> what they say, in paragraphs.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Study:
     metric: str
     axis: str
     base: Mapping[str, Any] = field(default_factory=dict)
+    conclude: Conclusion | None = None
 
     def trials(self, data_path: str, budget: Budget, digest: str = "") -> list[PlannedTrial]:
         """The resolved trials of a budget on a dataset folder whose content has the given digest.
