@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.ladders import BASE, RUNGS, rungs
+from experiments.ladders import LADDER
 from experiments.paired import plus_minus, users_of
 from experiments.study import Study
 from experiments.sweep import Sweep, param
@@ -32,8 +32,8 @@ EPOCHS = [0.5, 1.0, 2.0, 4.0]
 def _passes(rung: int, seeds: list[int]) -> Sweep:
     """Every family at one rung, for each number of passes."""
     sweep = Sweep(())
-    for family in RUNGS:
-        (point,) = rungs(family, rung, rung)
+    for family in LADDER.sizes:
+        (point,) = LADDER.rungs(family, rung, rung)
         for epochs in EPOCHS:
             values = {**point.values, "train.epochs": epochs}
             label = f"{point.label} epochs={epochs:g}"
@@ -74,7 +74,7 @@ STUDY = Study(
     points={"small": _passes(3, [0]), "medium": _passes(6, [0, 1])},
     metric="ne",
     axis="epochs",
-    base=BASE,
+    base=LADDER.base,
     conclude=verdict,
 )
 

@@ -16,7 +16,7 @@ yet to learn, and almost flat from there on; the sequence models go on gaining a
 
 import sys
 
-from experiments.ladders import BASE, RUNGS, rungs
+from experiments.ladders import LADDER
 from experiments.study import Study
 from experiments.sweep import Sweep, param
 
@@ -24,8 +24,8 @@ from experiments.sweep import Sweep, param
 def _ladder(first: int, last: int, seeds: list[int]) -> Sweep:
     """Every family from rung ``first`` to ``last``, with each seed."""
     sweep = Sweep(())
-    for family in RUNGS:
-        sweep += rungs(family, first, last)
+    for family in LADDER.sizes:
+        sweep += LADDER.rungs(family, first, last)
     return sweep * param("seed", seeds)
 
 
@@ -40,7 +40,8 @@ STUDY = Study(
     },
     metric="ne",
     axis="train_flops",
-    base=BASE,
+    base=LADDER.base,
+    recipe=LADDER.mark,
 )
 
 if __name__ == "__main__":

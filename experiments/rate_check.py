@@ -2,7 +2,7 @@
 
     python -m experiments.rate_check --data DATA --budget small --workers 2 --pack 5
 
-A recipe sets one rate for a whole ladder, by a rule of the width (experiments/ladders.py). If the rule is off at one
+A recipe sets one rate for a whole ladder, by a rule of the width (experiments/ladders). If the rule is off at one
 end, the law takes it for the effect of compute. So the smallest and the largest rung of a budget are trained with 1/4,
 1/2, 1, 2 and 4 times the recipe's rate (the tables' with it) and held against each other on the validation part; the
 test part is not evaluated.
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.ladders import BASE, RUNGS, rungs
+from experiments.ladders import LADDER
 from experiments.paired import plus_minus, users_of
 from experiments.study import Study
 from experiments.sweep import Sweep, param
@@ -33,9 +33,9 @@ _RATES = ("train.learning_rate", "train.embedding_learning_rate")
 def _ends(*chosen: int) -> Sweep:
     """Every family at the chosen rungs, with each factor."""
     sweep = Sweep(())
-    for family in RUNGS:
+    for family in LADDER.sizes:
         for rung in chosen:
-            (point,) = rungs(family, rung, rung)
+            (point,) = LADDER.rungs(family, rung, rung)
             for factor in FACTORS:
                 values = {**point.values, **{key: factor * point.values[key] for key in _RATES}}
                 label = f"{point.label} rate x{factor:g}"
@@ -80,7 +80,7 @@ STUDY = Study(
     points={"small": _ends(0, 4), "medium": _ends(2, 6)},
     metric="validation/ne",
     axis="learning_rate_factor",
-    base={**BASE, "train.report_test": False},
+    base={**LADDER.base, "train.report_test": False},
     conclude=verdict,
 )
 

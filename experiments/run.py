@@ -60,7 +60,8 @@ def run_named(
     # The launcher touches no device: the workers need all of it.
     planned = with_cost(planned, lambda trial: plan_account(trial).train_flops)
     target.mkdir(parents=True, exist_ok=True)
-    write_json(target / "study.json", {"title": study.title, "summary": study.doc, "metric": study.metric})
+    about = {"title": study.title, "summary": study.doc, "metric": study.metric, "recipe": study.recipe}
+    write_json(target / "study.json", about)
     write_references(planned, target)
     write_notes(folder, target)
     summary = run_study(planned, target, executor=executor, quiet=quiet, how=how)

@@ -19,7 +19,7 @@ class PlannedTrial:
 
     axis: the study's x: the name under which ``axis_value`` is read, or, where ``axis_value`` is None, a column of the
     results table to read it from. cost: anything proportional to its run time (FLOPs); long trials start first, so that
-    the workers finish together.
+    the workers finish together. recipe: the study's.
     """
 
     trial: Trial
@@ -29,6 +29,7 @@ class PlannedTrial:
     axis: str
     axis_value: float | None = None
     cost: float | None = None
+    recipe: str = ""
 
     @property
     def name(self) -> str:
@@ -42,7 +43,8 @@ class Study:
 
     doc: the question and the expected answer. points: the sweep of each budget. metric: the column of the results table
     that answers it. axis: the x column. base: keys that every point shares. conclude: (folder of the study, its rows of
-    the results table) -> what they say, in paragraphs.
+    the results table) -> what they say, in paragraphs. recipe: ``name@hash`` of the ladder whose
+    rules its trials follow.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Study:
     axis: str
     base: Mapping[str, Any] = field(default_factory=dict)
     conclude: Conclusion | None = None
+    recipe: str = ""
 
     def trials(self, data_path: str, budget: Budget, digest: str = "") -> list[PlannedTrial]:
         """The resolved trials of a budget on a dataset folder whose content has the given digest.
@@ -78,4 +81,4 @@ class Study:
             raise UserError(f"study {self.name!r} sets {key!r} for all its points and again for {point.label!r}")
         trial = override(default_trial(point.model), {**shared, **point.values})
         family = point.family or point.model
-        return PlannedTrial(trial, self.name, family, point.label, self.axis, point.axis_value)
+        return PlannedTrial(trial, self.name, family, point.label, self.axis, point.axis_value, recipe=self.recipe)

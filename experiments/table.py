@@ -85,7 +85,7 @@ def _rows(trial: Mapping[str, Any], dataset_names: Mapping[str, str]) -> list[Ro
         axis_value = place["axis_value"]
         if axis_value is None:
             axis_value = result.get(place["axis"], config.get(place["axis"]))
-        row = {key: place[key] for key in ("study", "family", "label", "axis")}
+        row = {key: place[key] for key in ("study", "family", "label", "axis")} | {"recipe": place.get("recipe", "")}
         row |= {"trial": trial["trial"], "seed": config["seed"], "status": trial["status"], "axis_value": axis_value}
         row["dataset"] = dataset_names.get(trial["path"], Path(trial["path"]).name)
         rows.append(_settings(config) | row | measured)

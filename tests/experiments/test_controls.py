@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import epochs, rate_check
-from experiments.ladders import RUNGS, rungs
+from experiments.ladders import LADDER
 from experiments.paired import plus_minus
 from genrec_jax.config import default_trial, override
 from genrec_jax.noise import UserSums, difference
@@ -16,12 +16,12 @@ from genrec_jax.train.record import write_users
 
 def test_rates_are_the_recipe_times_a_factor_and_nothing_else() -> None:
     planned = rate_check.STUDY.trials("data", "small")
-    assert len(planned) == len(RUNGS) * 2 * 5
+    assert len(planned) == len(LADDER.sizes) * 2 * 5
     for one in planned:
         rung, _, factor = one.label.partition(" rate x")
         assert rung in ("s0", "s4")
         assert float(factor) == one.axis_value
-        (own,) = rungs(one.family, int(rung[1:]), int(rung[1:]))
+        (own,) = LADDER.rungs(one.family, int(rung[1:]), int(rung[1:]))
         recipe = override(default_trial(one.family), {**rate_check.STUDY.base, "data.path": "data", **own.values})
         rates = {
             key: one.axis_value * getattr(recipe.train, key) for key in ("learning_rate", "embedding_learning_rate")
@@ -33,7 +33,7 @@ def test_rates_are_the_recipe_times_a_factor_and_nothing_else() -> None:
 
 def test_passes_differ_in_nothing_else() -> None:
     planned = epochs.STUDY.trials("data", "small")
-    assert len(planned) == len(RUNGS) * 4
+    assert len(planned) == len(LADDER.sizes) * 4
     for one in planned:
         assert one.trial.train.epochs == one.axis_value
         same = [other.trial for other in planned if other.family == one.family]
