@@ -113,6 +113,7 @@ def sweep(
     remat: bool = False,
     out: Annotated[str | None, PLACE] = None,
     dry_run: bool = False,
+    forecast: bool = False,
     quiet: bool = False,
 ) -> None:
     """Run a study of experiments/ and write its table and report; run again to finish an interrupted one.
@@ -132,16 +133,19 @@ def sweep(
         remat: As of genrec train.
         out: Folder of the study, or a URL of one in a store (default: runs/NAME-DATASET-BUDGET).
         dry_run: Print every trial with its FLOPs, memory and expected time, and run nothing.
+        forecast: Record what the laws of the trials in --out expect of those that have not begun, and run nothing; what
+            comes of it stands in the report.
         quiet: Plain lines instead of a live table.
     """
     from experiments.executors import ExecutorConfig, Training
-    from experiments.run import run_named
+    from experiments.run import Instead, run_named
     from genrec_jax.train.places import place
 
     target = None if out is None else place(out)
     where = ExecutorConfig(executor, workers, address, cpus, gpus, slurm)
     how = Training(pack, mesh, remat)
-    sys.exit(run_named(name, data, budget, where=where, how=how, out=target, dry_run=dry_run, quiet=quiet))
+    instead: Instead | None = "dry_run" if dry_run else "forecast" if forecast else None
+    sys.exit(run_named(name, data, budget, where=where, how=how, out=target, instead=instead, quiet=quiet))
 
 
 def recipe(

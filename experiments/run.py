@@ -5,7 +5,7 @@ import importlib
 import pkgutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import experiments
 from experiments.executors import ExecutorConfig, Training, make_executor
@@ -13,6 +13,8 @@ from experiments.folder import read_record
 from experiments.study import Budget, Study
 from genrec_jax.errors import UserError
 from genrec_jax.train.places import Place
+
+Instead = Literal["dry_run", "forecast"]
 
 
 def studies() -> dict[str, Study]:
@@ -33,11 +35,15 @@ def run_named(
     where: ExecutorConfig,
     how: Training,
     out: Place | None,
-    dry_run: bool,
+    instead: Instead | None,
     quiet: bool,
 ) -> int:
-    """Runs a study and writes its table and report; returns the exit code (1 if a trial failed for good)."""
+    """Runs a study and writes its table and report; returns the exit code (1 if a trial failed for good).
+
+    ``instead`` of that: print what it will cost, or record what its laws expect of the trials to come.
+    """
     from experiments.dry_run import print_plan, with_cost
+    from experiments.forecast import write_forecasts
     from experiments.launch import run_study
     from experiments.remarks import write_remarks
     from experiments.truth import write_notes, write_references
@@ -50,10 +56,14 @@ def run_named(
     if name not in known:
         raise UserError(f"unknown study {name!r}; there is: {', '.join(sorted(known))}")
     study = known[name]
-    executor = None if dry_run else make_executor(where)
+    executor = None if instead else make_executor(where)
     folder = load_any(data, quiet=quiet)
     planned = study.trials(str(folder), budget, digest_of(folder))
     target = out or Path("runs") / f"{name}-{data.resolve().name}-{budget}"
+    if instead == "forecast":
+        planned = with_cost(planned, lambda trial: plan_account(trial).train_flops)
+        print("\n".join(write_forecasts(study, planned, target)))
+        return 0
     if executor is None:
         print_plan(planned, estimate, workers=where.trials_at_once(len(planned)), out=target)
         return 0
