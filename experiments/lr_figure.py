@@ -1,6 +1,8 @@
-"""The figure of experiments/lr_transfer.py: NE by learning rate, a curve per width, and where each has its least.
+"""The figure of experiments/lr_transfer.py or lr_depth.py: NE by learning rate, a curve per size.
 
-python -m experiments.lr_figure RUNS --out docs/mup
+    python -m experiments.lr_figure RUNS --out docs/mup --name lr_transfer
+
+Prints where each size has its best rate, on the grid and at the vertex of the parabola through its neighbours.
 """
 
 import math
@@ -14,8 +16,10 @@ import tyro
 
 import scaling
 from genrec_jax.errors import UserError
+from scaling.table import rows_to_csv
 
 METRIC = "validation/ne"
+SIDES = ("standard", "muP", "whole", "share")  # how trials are parametrised, from left to right
 
 
 class Best(NamedTuple):
@@ -28,7 +32,9 @@ class Best(NamedTuple):
     edge: bool
 
 
-Curves = dict[tuple[str, str], dict[int, dict[float, float]]]  # (model, parametrisation) -> width -> rate -> NE
+Curves = dict[
+    tuple[str, str], dict[int, dict[float, float]]
+]  # (model, parametrisation) -> width or depth -> rate -> NE
 
 
 def curves(rows: Sequence[Mapping[str, object]]) -> Curves:
@@ -77,7 +83,7 @@ def draw(found: Curves) -> str:
 
     def drawn() -> str:
         models = list(dict.fromkeys(model for model, _ in found))
-        sides = [by for by in ("standard", "muP") if any(own == by for _, own in found)]
+        sides = sorted({by for _, by in found}, key=SIDES.index)
         figure = Figure(figsize=(7.2, 2.7 * len(models)), layout="constrained")
         panels = figure.subplots(len(models), len(sides), sharex=True, sharey="row", squeeze=False)
         rates = [rate for widths in found.values() for curve in widths.values() for rate in curve]
@@ -86,9 +92,7 @@ def draw(found: Curves) -> str:
                 axes, widths = panels[line, column], found.get((model, by), {})
                 for n, (width, curve) in enumerate(widths.items()):
                     shown = {rate: value for rate, value in curve.items() if math.isfinite(value)}
-                    axes.plot(
-                        shown.keys(), shown.values(), "o-", color=COLOURS[n], markersize=3, label=f"width {width}"
-                    )
+                    axes.plot(shown.keys(), shown.values(), "o-", color=COLOURS[n], markersize=3, label=f"{width}")
                     best = best_of(curve)
                     axes.plot(best.rate, best.ne, "o", color=COLOURS[n], markersize=8, fillstyle="none")
                 log_x(axes, min(rates) / 1.3, max(rates) * 1.3)
@@ -123,8 +127,8 @@ def lines(found: Curves) -> list[str]:
     return said
 
 
-def main(runs: Annotated[Path, tyro.conf.Positional], *, out: Path) -> int:
-    """Write lr_transfer.svg to OUT and print where each width has its best rate; RUNS: the study's folder."""
+def main(runs: Annotated[Path, tyro.conf.Positional], *, out: Path, name: str = "lr_transfer") -> int:
+    """Write NAME.svg and NAME.csv to OUT and print where each size has its best rate; RUNS: the study's folder."""
     try:
         table = scaling.read_table(runs)
     except UserError as error:
@@ -132,7 +136,14 @@ def main(runs: Annotated[Path, tyro.conf.Positional], *, out: Path) -> int:
         return 2
     found = curves(table.rows)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "lr_transfer.svg").write_text(draw(found), encoding="utf-8")
+    (out / f"{name}.svg").write_text(draw(found), encoding="utf-8")
+    rows = [
+        {"model": model, "by": by, "size": size, "learning_rate": rate, METRIC: value}
+        for (model, by), sizes in found.items()
+        for size, curve in sizes.items()
+        for rate, value in curve.items()
+    ]
+    (out / f"{name}.csv").write_text(rows_to_csv(list(rows[0]), rows), encoding="utf-8")
     print("\n".join(lines(found)))
     return 0
 

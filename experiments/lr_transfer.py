@@ -22,6 +22,15 @@ MODELS = ("hstu", "dirl", "transformer")
 PARAMETRISATIONS = {"standard": 0, "muP": 32}  # model.base_width
 # To 0.08; tables: twice that. By the standard parametrisation wide models need lower ones.
 RATES = {"standard": [0.08 / 2**k for k in range(9)], "muP": [0.08 / 2**k for k in range(7)]}
+BASE = {
+    "model.dropout": 0.0,
+    "data.history": 32,
+    "data.candidates": 8,
+    "data.eval_impressions": 8192,
+    "train.steps": 100,
+    "train.batch_rows": 16,
+    "train.report_test": False,
+}
 
 
 def _grid(widths: list[int], seeds: list[int]) -> Sweep:
@@ -44,16 +53,7 @@ STUDY = Study(
     points={"small": _grid([16, 32, 64, 128, 256], [0]), "medium": _grid([32, 64, 128, 256, 512], [0, 1])},
     metric="validation/ne",
     axis="learning_rate",
-    base={
-        "model.depth": 2,
-        "model.dropout": 0.0,
-        "data.history": 32,
-        "data.candidates": 8,
-        "data.eval_impressions": 8192,
-        "train.steps": 100,
-        "train.batch_rows": 16,
-        "train.report_test": False,
-    },
+    base={**BASE, "model.depth": 2},
 )
 
 if __name__ == "__main__":
