@@ -206,7 +206,7 @@ def compare(trials: Positional[tuple[Path, ...]]) -> None:
     compare_command(trials)
 
 
-def stream(trials: Positional[tuple[Path, ...]], *, out: Path, period: str = "1d", rate: float = 0.1) -> None:
+def stream(trials: Positional[tuple[Path, ...]], *, out: Path, period: str = "1d", rate: float = 0.03) -> None:
     """Stream trained rankers: predict every period after their training part, then train on it; beside the fixed split.
 
     Args:
@@ -214,7 +214,8 @@ def stream(trials: Positional[tuple[Path, ...]], *, out: Path, period: str = "1d
             that all of them reached.
         out: Folder of the records; run again to go on after the last period.
         period: Length of a period: a whole number of s, m, h, d or w.
-        rate: Share of the trial's learning rates at which it goes on, constant.
+        rate: Share of the trial's learning rates at which it goes on, constant; a large one undoes the decay of its
+            training.
     """
     from experiments.streaming import stream_command
 

@@ -106,7 +106,9 @@ def _families(study: Path) -> list[_Line]:
             lines.append(_Line(shown.family, shown.label, shown.train_flops, one.base_ne, None))
         lines.append(_Line(one.new.family, one.new.label, one.new.train_flops, one.new_ne, one.apart))
     if not lines:
-        raise UserError(f"{study} has no two families whose finished trials hold what their users added to NE")
+        raise UserError(
+            f"{study} has no two families along train_flops whose finished trials hold what their users added to NE"
+        )
     return lines
 
 

@@ -60,7 +60,8 @@ def families_apart(out: Place, rows: Sequence[Row]) -> list[Apart]:
 
 
 def tops(rows: Sequence[Row]) -> list[list[Top]]:
-    """The families of each study and set of impressions, by name, at the largest compute that all of them reached.
+    """The families of each study along compute, by name, at the largest compute that all of them reached; each set of
+    impressions by itself.
 
     A family with several configurations of that compute has no top: no one of them stands for it.
     """
@@ -94,10 +95,10 @@ def _apart(out: Place, base: Top, new: Top) -> Apart:
 
 
 def _sections(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
-    """(study, its finished trials) of one set of impressions."""
+    """(study, its finished trials) of one set of impressions; of studies along compute alone."""
     parts: dict[tuple[Any, Any], list[Row]] = {}
     for row in rows:
-        if row["status"] == "done" and row.get("eval_set") and row.get("train_flops"):
+        if row["axis"] == "train_flops" and row["status"] == "done" and row.get("eval_set"):
             parts.setdefault((row["study"], row["eval_set"]), []).append(row)
     for (study, _), part in parts.items():
         yield study, part

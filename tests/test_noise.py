@@ -158,3 +158,16 @@ def test_a_difference_without_a_ne_is_no_number():
     nobody = UserSums.of(("like",), np.zeros((2, 1)), np.ones((2, 1), int), np.array([3, 4]))
     apart = difference([nobody], [nobody])
     assert np.isnan([apart.value, apart.error, apart.unpaired, apart.low, apart.high]).all()
+
+
+def test_pooled_sums_are_those_of_all_rows():
+    rng = np.random.default_rng(5)
+    users, labels, logits = rng.integers(0, 9, 60), rng.integers(0, 2, (60, 2)), rng.normal(size=(60, 2))
+    parts = [
+        UserSums.of(("like", "long"), logits[part], labels[part], users[part])
+        for part in (slice(0, 7), slice(7, 40), slice(40, 60))
+    ]
+    found, expected = UserSums.pooled(parts), UserSums.of(("like", "long"), logits, labels, users)
+    assert found.same_rows(expected)
+    np.testing.assert_allclose(found.losses, expected.losses, rtol=1e-12)
+    assert len(found.users) == 9

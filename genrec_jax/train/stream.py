@@ -2,7 +2,7 @@
 
 The fixed split asks of a model what happened long after its training ended. Here a trained trial goes on where its
 training part ended: every impression of a period is scored before any of that period has been trained on, with a
-history of what came before its request; then the period's impressions are trained on once, oldest first. Beside it the
+history of what came before its request; then the period's impressions are trained on once, shuffled. Beside it the
 trial as it was scores the same impressions.
 """
 
@@ -22,7 +22,7 @@ from genrec_jax.config import DataConfig, Trial
 from genrec_jax.data.pipeline import request_batches
 from genrec_jax.data.rows import RowTable, evaluation_rows, request_rows
 from genrec_jax.data.sequences import Sequences
-from genrec_jax.data.splits import Part, boundary_times, kept_users, split_at
+from genrec_jax.data.splits import Part, boundary_times, hash64, kept_users, split_at
 from genrec_jax.errors import UserError
 from genrec_jax.models.registry import Model
 from genrec_jax.noise import Difference, UserSums, difference
@@ -93,6 +93,7 @@ def stream(
     The optimiser goes on with its moments, at ``rate`` times the trial's learning rates, constant. Batches are the
     trial's; impressions that do not fill one wait for the next period. Of a period at most ``data.eval_impressions``
     are scored; those of the users in ``data.fraction`` are trained on.
+    A trial that leaves the test part unread is streamed over the validation part alone.
 
     What was scored is written under ``out/periods`` as soon as it is known, with a checkpoint after each period: run
     again, it goes on after the last one. ``on_period``: (its number from 1, how many there are, the period, what was
@@ -103,6 +104,8 @@ def stream(
     sequences, state = restored_state(trial, run_dir)
     frozen = jax.tree.map(jnp.copy, state.params)  # a step consumes the state that it is given
     todo = periods(sequences, trial.data, seconds)
+    if not trial.train.report_test:
+        todo = [period for period in todo if period.part == "validation"]
     worker = _Worker(trial, sequences, rate)
     with contextlib.closing(Checkpoints(out / "checkpoints")) as checkpoints:
         done, waiting = 0, _no_rows()
@@ -135,6 +138,7 @@ class _Worker:
             decay="constant",
         )
         self._data, self._sequences, self._batch_rows = trial.data, sequences, trial.train.batch_rows
+        self._seed = trial.seed
         self._kept = kept_users(sequences.users, trial.data.fraction)
         self._eval_rows = batch_rows(trial.train)
         self._scorer = make_scorer(model)
@@ -142,15 +146,16 @@ class _Worker:
         self._scalars = scalars(config)
 
     def rows(self, period: Period) -> RowTable:
-        """The requests of a period, oldest first."""
+        """The requests of a period."""
         split = split_at(self._sequences, (period.start, period.stop))
         data = self._data
-        rows = request_rows(self._sequences, split, "validation", data.history, data.candidates)
-        return rows.take(np.argsort(np.asarray(self._sequences.time)[rows.target_start], kind="stable"))
+        return request_rows(self._sequences, split, "validation", data.history, data.candidates)
 
     def trained_on(self, rows: RowTable) -> RowTable:
-        """Those of the users whose events are trained on."""
-        return rows.take(np.flatnonzero(self._kept[rows.user]))
+        """Those of the users whose events are trained on, shuffled: a batch of one user's would be a step towards that
+        user."""
+        own = rows.take(np.flatnonzero(self._kept[rows.user]))
+        return own.take(np.argsort(hash64(own.target_start, self._seed)))
 
     def score(self, params: list[Any], rows: RowTable) -> Scored:
         """By the parameters of the trial as it was, and as it went on."""
@@ -214,6 +219,7 @@ def _together(out: Path, todo: list[Period]) -> dict[str, Scored]:
     return {
         part: Scored(UserSums.pooled([one.fixed for one in own]), UserSums.pooled([one.streamed for one in own]))
         for part, own in parts.items()
+        if own
     }
 
 

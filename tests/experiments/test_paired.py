@@ -31,7 +31,16 @@ class Records:
         self.users = np.repeat(np.arange(50), rng.integers(1, 9, 50))
         self.labels = rng.integers(0, 2, (len(self.users), 1))
 
-    def add(self, family: str, label: str, flops: float, seed: int = 0, skill: float = 0.5, **more: object) -> UserSums:
+    def add(
+        self,
+        family: str,
+        label: str,
+        flops: float,
+        seed: int = 0,
+        skill: float = 0.5,
+        axis: str = "train_flops",
+        **more: object,
+    ) -> UserSums:
         """A finished trial that is right to the degree of its ``skill``; returns what its users add to NE."""
         number = next(self.numbers)
         folder = self.out / "trials" / f"trial{number}"
@@ -39,7 +48,7 @@ class Records:
         noise = np.random.default_rng(number).normal(size=self.labels.shape)
         sums = UserSums.of(("like",), skill * (2 * self.labels - 1) + 0.3 * noise, self.labels, self.users)
         write_json(folder / "config.json", default_trial("dlrm").to_json() | {"seed": seed})
-        place = {"study": STUDY.name, "family": family, "label": label, "axis": "train_flops", "axis_value": None}
+        place = {"study": STUDY.name, "family": family, "label": label, "axis": axis, "axis_value": None}
         write_json(folder / "plan.json", {"placements": [place]})
         known = {"status": "done", "train_flops": flops, "ne": float(sums.mean_ne()), "eval_set": "e", "dataset": "d"}
         write_json(folder / "result.json", known | more)
@@ -125,3 +134,10 @@ def test_a_study_adds_its_own_conclusion(records: Records) -> None:
     study = Study("versus", "", "", {}, "ne", "", conclude=lambda out, rows: [f"{len(rows)} row in {out.name}"])
     assert write_remarks(study, records.out) == ["1 row in study"]
     assert json.loads((records.out / "remarks.json").read_text(encoding="utf-8")) == {"remarks": ["1 row in study"]}
+
+
+def test_a_study_along_another_axis_has_no_top(records: Records) -> None:
+    """The most epochs, say, are not what its families are best at."""
+    for family in ("dlrm", "hstu"):
+        records.add(family, "epochs=4", 1e10, axis="epochs")
+    assert records.apart() == []

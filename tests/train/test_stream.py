@@ -106,7 +106,6 @@ def test_all_is_scored_before_it_is_trained_on_and_nothing_twice(
         return found
 
     def train(self: Any, state: Any, rows: RowTable, period: Period, call: Any = streaming._Worker.train) -> Any:
-        assert (np.diff(time[rows.target_start]) >= 0).all()
         state, left = call(self, state, rows, period)
         assert len(left) == len(rows) % trial.train.batch_rows
         known.extend(events_of(rows)[: len(events_of(rows)) - len(events_of(left))].tolist())
@@ -218,3 +217,14 @@ def test_other_settings_and_a_rate_too_large_are_refused(
         stream(trial, run, tmp_path / "out", seconds=5, rate=1e38)
     with pytest.raises(UserError, match="no checkpoint"):
         stream(trial, tmp_path / "none", tmp_path / "other", **SETTINGS)
+
+
+def test_a_trial_that_leaves_the_test_part_unread_is_not_streamed_over_it(
+    trial: Trial, run: Path, tmp_path: Path
+) -> None:
+    trial = override(trial, {"train.report_test": False})
+    parts: list[str] = []
+    found = stream(trial, run, tmp_path / "out", **SETTINGS, on_period=lambda *told: parts.append(told[2].part))
+    assert set(parts) == {"validation"}
+    assert found.keys() == {"validation", "all"}
+    assert_equal(found["all"].streamed, found["validation"].streamed)
