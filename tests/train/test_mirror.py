@@ -5,18 +5,14 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from genrec_jax.config import Trial
 from genrec_jax.data.sequences import Sequences
 from genrec_jax.train import loop, mirror
-from genrec_jax.train.cache import enable_compilation_cache
 from genrec_jax.train.mirror import at_hand, brought
 from genrec_jax.train.places import Store
 from tests import bucket
@@ -25,17 +21,6 @@ from tests.train.helpers import Stopped, lines, trial_of, untimed
 
 TRIAL = Store("bucket://one/trial")
 MARK = "trial/checkpoints/sizes.json"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The same trial is begun again and again."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GENREC_CACHE", str(tmp_path_factory.mktemp("cache")))
-        enable_compilation_cache()
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
