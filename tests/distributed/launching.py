@@ -23,7 +23,7 @@ def start(
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "experiments.cli", "train", f"--data={data}", f"--model={model}", f"--out={out}"]
     command += ["--quiet", f"--mesh={mesh}", *(f"--set={key}={value}" for key, value in settings.items())]
-    forced = f"--xla_force_host_platform_device_count={devices}"
+    forced = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     return [
         subprocess.Popen(
             [*command, *([f"--distributed=localhost:{port},{process}/{processes}"] if processes > 1 else [])],

@@ -34,7 +34,8 @@ def sequences(tmp_path_factory: pytest.TempPathFactory) -> Sequences:
 def on_devices(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
     """What tests/distributed/on_devices.py found on eight devices."""
     command = [sys.executable, "-m", "tests.distributed.on_devices", str(tmp_path_factory.mktemp("eight"))]
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

@@ -21,7 +21,6 @@ from tests.train.helpers import Stopped, lines, trial_of, untimed
 
 TRIAL = Store("bucket://one/trial")
 MARK = "trial/checkpoints/sizes.json"
-pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @pytest.fixture(scope="module")

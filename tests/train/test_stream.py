@@ -25,7 +25,6 @@ from genrec_jax.train.stream import Period, Scored, periods, stream
 from tests.data.helpers import dataset, random_dataset
 from tests.train.helpers import Stopped, trial_of
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
 SETTINGS = {"seconds": 7, "rate": 0.5}
 
 

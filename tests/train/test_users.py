@@ -14,8 +14,6 @@ from genrec_jax.train.record import read_users
 from tests.data.helpers import random_dataset
 from tests.train.helpers import Stopped, lines, trial_of
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 
 @pytest.fixture(scope="module")
 def sequences(tmp_path_factory: pytest.TempPathFactory) -> Sequences:
