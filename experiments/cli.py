@@ -113,6 +113,7 @@ def sweep(
     remat: bool = False,
     out: Annotated[str | None, PLACE] = None,
     dry_run: bool = False,
+    forecast: bool = False,
     quiet: bool = False,
 ) -> None:
     """Run a study of experiments/ and write its table and report; run again to finish an interrupted one.
@@ -132,16 +133,19 @@ def sweep(
         remat: As of genrec train.
         out: Folder of the study, or a URL of one in a store (default: runs/NAME-DATASET-BUDGET).
         dry_run: Print every trial with its FLOPs, memory and expected time, and run nothing.
+        forecast: Record what the laws of the trials in --out expect of those that have not begun, and run nothing; what
+            comes of it stands in the report.
         quiet: Plain lines instead of a live table.
     """
     from experiments.executors import ExecutorConfig, Training
-    from experiments.run import run_named
+    from experiments.run import Instead, run_named
     from genrec_jax.train.places import place
 
     target = None if out is None else place(out)
     where = ExecutorConfig(executor, workers, address, cpus, gpus, slurm)
     how = Training(pack, mesh, remat)
-    sys.exit(run_named(name, data, budget, where=where, how=how, out=target, dry_run=dry_run, quiet=quiet))
+    instead: Instead | None = "dry_run" if dry_run else "forecast" if forecast else None
+    sys.exit(run_named(name, data, budget, where=where, how=how, out=target, instead=instead, quiet=quiet))
 
 
 def recipe(
@@ -191,14 +195,31 @@ def results(runs: Positional[tuple[Somewhere, ...]], *, out: Path) -> None:
 
 
 def compare(trials: Positional[tuple[Path, ...]]) -> None:
-    """Hold trained trials against the first on the same test impressions: NE and paired 95 % intervals.
+    """Hold trained trials against the first on the same impressions: NE and paired 95 % intervals.
 
     Args:
-        trials: Folders of finished ranking trials (as `genrec train` writes, or trials/HASH of a study).
+        trials: Folders of finished ranking trials (as `genrec train` writes, or trials/HASH of a study); or one folder
+            of a study, whose families are compared at the largest compute that all reached.
     """
     from experiments.compare import compare_command
 
     compare_command(trials)
+
+
+def stream(trials: Positional[tuple[Path, ...]], *, out: Path, period: str = "1d", rate: float = 0.03) -> None:
+    """Stream trained rankers: predict every period after their training part, then train on it; beside the fixed split.
+
+    Args:
+        trials: Folders of finished ranking trials, or of a study, whose families are streamed at the largest compute
+            that all of them reached.
+        out: Folder of the records; run again to go on after the last period.
+        period: Length of a period: a whole number of s, m, h, d or w.
+        rate: Share of the trial's learning rates at which it goes on, constant; a large one undoes the decay of its
+            training.
+    """
+    from experiments.streaming import stream_command
+
+    stream_command(trials, out, period, rate)
 
 
 def score(
@@ -319,6 +340,7 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
     "recipe": recipe,
     "results": results,
     "compare": compare,
+    "stream": stream,
     "score": score,
     "export": export,
     "weights": weights,

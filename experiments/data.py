@@ -13,7 +13,7 @@ Expect a power law in the number of training targets, steeper for HSTU.
 
 import sys
 
-from experiments.ladders import BASE, RECIPES, heads, training
+from experiments.ladders import LADDER, heads
 from experiments.study import Study
 from experiments.sweep import Sweep, model, param
 
@@ -23,9 +23,9 @@ _SHARES = [0.0625, 0.125, 0.25, 0.5, 1.0]
 def _sweep(hstu: tuple[int, int], dlrm: tuple[int, int], seeds: list[int]) -> Sweep:
     width, depth = hstu
     sizes = {"model.width": width, "model.depth": depth, "model.heads": heads(width)}
-    blocks = model("hstu", **{**sizes, **training(RECIPES["hstu"], width)})
+    blocks = model("hstu", **{**sizes, **LADDER.training("hstu", width)})
     sizes = {"model.width": dlrm[0], "model.depth": dlrm[1], "model.embedding": 24}
-    layers = model("dlrm", **{**sizes, **training(RECIPES["dlrm"], dlrm[0])})
+    layers = model("dlrm", **{**sizes, **LADDER.training("dlrm", dlrm[0])})
     return (blocks + layers) * param("data.fraction", _SHARES, axis=True) * param("seed", seeds)
 
 
@@ -40,7 +40,8 @@ STUDY = Study(
     },
     metric="ne",
     axis="data",
-    base=BASE,
+    base=LADDER.base,
+    recipe=LADDER.mark,
 )
 
 if __name__ == "__main__":

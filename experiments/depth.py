@@ -12,15 +12,15 @@ Expect HSTU to gain from the second block and little after it at this budget, an
 
 import sys
 
-from experiments.ladders import BASE, RECIPES, heads, training
+from experiments.ladders import LADDER, heads
 from experiments.study import Study
 from experiments.sweep import Sweep, model, param
 
 
 def _sweep(depths: list[int], hstu: int, dlrm: int, seeds: list[int]) -> Sweep:
     sizes = {"model.width": hstu, "model.heads": heads(hstu)}
-    blocks = model("hstu", **{**sizes, **training(RECIPES["hstu"], hstu)})
-    layers = model("dlrm", **{"model.width": dlrm, "model.embedding": 24, **training(RECIPES["dlrm"], dlrm)})
+    blocks = model("hstu", **{**sizes, **LADDER.training("hstu", hstu)})
+    layers = model("dlrm", **{"model.width": dlrm, "model.embedding": 24, **LADDER.training("dlrm", dlrm)})
     return (blocks + layers) * param("model.depth", depths, axis=True) * param("seed", seeds)
 
 
@@ -35,7 +35,8 @@ STUDY = Study(
     },
     metric="ne",
     axis="depth",
-    base=BASE,
+    base=LADDER.base,
+    recipe=LADDER.mark,
 )
 
 if __name__ == "__main__":

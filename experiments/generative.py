@@ -34,7 +34,7 @@ CUTS: dict[str, dict[str, Any]] = {
     "impressions": {"model.rows": "requests"},
     "impressions 1/n": {"model.rows": "requests", "data.rows_per_user": 1},
 }
-# At width 32 and below; it falls with the power 1.5 of the width, as in experiments/ladders.py.
+# At width 32 and below; it falls with the power 1.5 of the width, as in experiments/ladders.
 RATES = {"windows": 0.027, "prefixes 1/n": 0.027, "impressions": 0.009, "impressions 1/n": 0.027}
 SMALL = (48, 2)
 BASE = {"data.candidates": 1, "data.eval_impressions": 16384, "train.batch_rows": 16, "model.dropout": 0.0}

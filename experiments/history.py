@@ -13,7 +13,7 @@ Expect both to gain to 64 events on MovieLens-1M, and DLRM beyond; on the synthe
 
 import sys
 
-from experiments.ladders import RECIPES, heads, training
+from experiments.ladders import LADDER, heads
 from experiments.study import Study
 from experiments.sweep import Sweep, model, param
 
@@ -23,10 +23,10 @@ def _sweep(
 ) -> Sweep:
     width, depth = hstu
     sizes = {"model.width": width, "model.depth": depth, "model.heads": heads(width)}
-    blocks = model("hstu", **{**sizes, **training(RECIPES["hstu"], width)})
+    blocks = model("hstu", **{**sizes, **LADDER.training("hstu", width)})
     sizes = {"model.width": dlrm[0], "model.depth": dlrm[1], "model.embedding": 24}
     for name in pooling:
-        blocks += model(name, **{**sizes, **training(RECIPES[name], dlrm[0])})
+        blocks += model(name, **{**sizes, **LADDER.training(name, dlrm[0])})
     return blocks * param("data.history", lengths, axis=True) * param("seed", seeds)
 
 
@@ -41,7 +41,8 @@ STUDY = Study(
     },
     metric="ne",
     axis="history",
-    base={"data.candidates": 8},
+    base={key: value for key, value in LADDER.base.items() if key != "data.history"},
+    recipe=LADDER.mark,
 )
 
 if __name__ == "__main__":

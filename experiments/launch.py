@@ -307,7 +307,7 @@ def _withdraw(studies: set[str], planned: set[str], out: Place) -> None:
 
 def _write_plan(folder: Place, here: list[PlannedTrial]) -> None:
     """Records the trial's places in these studies, and keeps those in others."""
-    keys = ("study", "family", "label", "axis", "axis_value")
+    keys = ("study", "family", "label", "axis", "axis_value", "recipe")
     places = [{key: getattr(one, key) for key in keys} for one in here]
     studies = {one.study for one in here}
     earlier = (read_record(folder / "plan.json") or {}).get("placements", [])

@@ -10,11 +10,11 @@ Expect DLRM ahead throughout, and nobody near the Bayes NE: that takes more data
 
 import sys
 
-from experiments.ladders import BASE, rungs
+from experiments.ladders import LADDER
 from experiments.study import Study
 from experiments.sweep import param
 
-_FAMILIES = rungs("hstu", 0, 5) + rungs("dirl", 0, 5) + rungs("dlrm", 0, 5)
+_FAMILIES = LADDER.rungs("hstu", 0, 5) + LADDER.rungs("dirl", 0, 5) + LADDER.rungs("dlrm", 0, 5)
 
 STUDY = Study(
     name="quickstart",
@@ -23,7 +23,8 @@ STUDY = Study(
     points={"small": _FAMILIES * param("seed", [0])},
     metric="ne",
     axis="train_flops",
-    base=BASE,
+    base=LADDER.base,
+    recipe=LADDER.mark,
 )
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import importlib
 import pkgutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import experiments
 from experiments.executors import ExecutorConfig, Training, make_executor
@@ -12,6 +13,8 @@ from experiments.folder import read_record
 from experiments.study import Budget, Study
 from genrec_jax.errors import UserError
 from genrec_jax.train.places import Place
+
+Instead = Literal["dry_run", "forecast"]
 
 
 def studies() -> dict[str, Study]:
@@ -32,12 +35,17 @@ def run_named(
     where: ExecutorConfig,
     how: Training,
     out: Place | None,
-    dry_run: bool,
+    instead: Instead | None,
     quiet: bool,
 ) -> int:
-    """Runs a study and writes its table and report; returns the exit code (1 if a trial failed for good)."""
+    """Runs a study and writes its table and report; returns the exit code (1 if a trial failed for good).
+
+    ``instead`` of that: print what it will cost, or record what its laws expect of the trials to come.
+    """
     from experiments.dry_run import print_plan, with_cost
+    from experiments.forecast import write_forecasts
     from experiments.launch import run_study
+    from experiments.remarks import write_remarks
     from experiments.truth import write_notes, write_references
     from genrec_jax.data.catalog import load_any
     from genrec_jax.data.sequences import digest_of
@@ -48,22 +56,29 @@ def run_named(
     if name not in known:
         raise UserError(f"unknown study {name!r}; there is: {', '.join(sorted(known))}")
     study = known[name]
-    executor = None if dry_run else make_executor(where)
+    executor = None if instead else make_executor(where)
     folder = load_any(data, quiet=quiet)
     planned = study.trials(str(folder), budget, digest_of(folder))
     target = out or Path("runs") / f"{name}-{data.resolve().name}-{budget}"
+    if instead == "forecast":
+        planned = with_cost(planned, lambda trial: plan_account(trial).train_flops)
+        print("\n".join(write_forecasts(study, planned, target)))
+        return 0
     if executor is None:
         print_plan(planned, estimate, workers=where.trials_at_once(len(planned)), out=target)
         return 0
     # The launcher touches no device: the workers need all of it.
     planned = with_cost(planned, lambda trial: plan_account(trial).train_flops)
     target.mkdir(parents=True, exist_ok=True)
-    write_json(target / "study.json", {"title": study.title, "summary": study.doc, "metric": study.metric})
+    about = {"title": study.title, "summary": study.doc, "metric": study.metric, "recipe": study.recipe}
+    write_json(target / "study.json", about)
     write_references(planned, target)
     write_notes(folder, target)
     summary = run_study(planned, target, executor=executor, quiet=quiet, how=how)
     print(f"{summary.done} done, {summary.diverged} diverged, {len(summary.failed)} failed; table {summary.table}")
     if summary.done:
+        for remark in write_remarks(study, target):
+            print(remark)
         write_report([target], target / "report.html")
     return 1 if summary.failed else 0
 
@@ -89,7 +104,7 @@ def _write_page(runs: list[Path], out: Path, y: str | None, x: str, group: str) 
     import scaling
     from experiments.truth import read_notes, read_references
 
-    headings = {path: heading for path in runs if (heading := read_record(path / "study.json")) is not None}
+    headings = {path: heading for path in runs if (heading := _heading(path)) is not None}
     title, summary, metric = "Scaling report", "", None
     intros: dict[str, str] = {}
     if len(runs) == 1 and headings:
@@ -115,6 +130,16 @@ def _write_page(runs: list[Path], out: Path, y: str | None, x: str, group: str) 
     )
     for line in scaling.held_against_truth(analysis, references):
         print(line)
+
+
+def _heading(folder: Path) -> dict[str, Any] | None:
+    """A study's title, question and metric; what it came to goes with the question."""
+    from experiments.remarks import read_remarks
+
+    heading = read_record(folder / "study.json")
+    if heading is not None:
+        heading["summary"] = "\n\n".join([heading["summary"], *read_remarks(folder)])
+    return heading
 
 
 def _intros(headings: Mapping[Path, Mapping[str, str]]) -> dict[str, str]:

@@ -17,7 +17,7 @@ and an event that is thinned away is a target lost.
 import sys
 from typing import Any
 
-from experiments.ladders import RECIPES, heads, training
+from experiments.ladders import LADDER, heads
 from experiments.study import Study
 from experiments.sweep import Sweep, model, param
 
@@ -39,7 +39,7 @@ def _sweep(history: int, size: tuple[int, int], segments: int, seeds: list[int])
         "model.width": width,
         "model.depth": depth,
         "model.heads": heads(width),
-        **training(RECIPES["hstu"], width),
+        **LADDER.training("hstu", width),
         "train.batch_rows": 4,  # as many targets in a step as the recipe was chosen with, at the small budget
     }
     rules = Sweep(tuple(p for name, rule in RULES.items() for p in model("hstu", family=name, **values, **rule)))

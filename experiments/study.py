@@ -1,14 +1,16 @@
 """What a study is: named points by budget, the metric it reads and the axis it draws them on."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from experiments.sweep import Point, Sweep
 from genrec_jax.config import Trial, default_trial, override
 from genrec_jax.errors import UserError
+from genrec_jax.train.places import Place
 
 Budget = Literal["small", "medium", "large"]
+Conclusion = Callable[[Place, Sequence[Mapping[str, Any]]], list[str]]
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,7 @@ class PlannedTrial:
 
     axis: the study's x: the name under which ``axis_value`` is read, or, where ``axis_value`` is None, a column of the
     results table to read it from. cost: anything proportional to its run time (FLOPs); long trials start first, so that
-    the workers finish together.
+    the workers finish together. recipe: the study's.
     """
 
     trial: Trial
@@ -27,6 +29,7 @@ class PlannedTrial:
     axis: str
     axis_value: float | None = None
     cost: float | None = None
+    recipe: str = ""
 
     @property
     def name(self) -> str:
@@ -39,7 +42,9 @@ class Study:
     """One question put to the lab.
 
     doc: the question and the expected answer. points: the sweep of each budget. metric: the column of the results table
-    that answers it. axis: the x column. base: keys that every point shares.
+    that answers it. axis: the x column. base: keys that every point shares. conclude: (folder of the study, its rows of
+    the results table) -> what they say, in paragraphs. recipe: ``name@hash`` of the ladder whose
+    rules its trials follow.
     """
 
     name: str
@@ -49,6 +54,8 @@ class Study:
     metric: str
     axis: str
     base: Mapping[str, Any] = field(default_factory=dict)
+    conclude: Conclusion | None = None
+    recipe: str = ""
 
     def trials(self, data_path: str, budget: Budget, digest: str = "") -> list[PlannedTrial]:
         """The resolved trials of a budget on a dataset folder whose content has the given digest.
@@ -74,4 +81,4 @@ class Study:
             raise UserError(f"study {self.name!r} sets {key!r} for all its points and again for {point.label!r}")
         trial = override(default_trial(point.model), {**shared, **point.values})
         family = point.family or point.model
-        return PlannedTrial(trial, self.name, family, point.label, self.axis, point.axis_value)
+        return PlannedTrial(trial, self.name, family, point.label, self.axis, point.axis_value, recipe=self.recipe)

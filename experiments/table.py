@@ -15,7 +15,14 @@ Row = dict[str, Any]
 
 
 def rebuild_table(out: Place) -> list[Row]:
-    """Reads every trial folder of OUT and replaces ``OUT/results.csv``; the same folders give the same bytes.
+    """Reads every trial folder of OUT and replaces ``OUT/results.csv``; the same folders give the same bytes."""
+    rows = read_trials(out)
+    _write(out / "results.csv", list(rows[0]) if rows else list(FIRST), rows)
+    return rows
+
+
+def read_trials(out: Place) -> list[Row]:
+    """The rows of the table, all with the same columns in the same order; None for an empty cell.
 
     A trial without a result has status "failed" or "unfinished" and empty metric columns.
     """
@@ -35,7 +42,6 @@ def rebuild_table(out: Place) -> list[Row]:
         )
     )
     columns = [*FIRST, *sorted({key for row in rows for key in row} - set(FIRST))]
-    _write(out / "results.csv", columns, rows)
     return [{column: row.get(column) for column in columns} for row in rows]
 
 
@@ -79,7 +85,7 @@ def _rows(trial: Mapping[str, Any], dataset_names: Mapping[str, str]) -> list[Ro
         axis_value = place["axis_value"]
         if axis_value is None:
             axis_value = result.get(place["axis"], config.get(place["axis"]))
-        row = {key: place[key] for key in ("study", "family", "label", "axis")}
+        row = {key: place[key] for key in ("study", "family", "label", "axis")} | {"recipe": place.get("recipe", "")}
         row |= {"trial": trial["trial"], "seed": config["seed"], "status": trial["status"], "axis_value": axis_value}
         row["dataset"] = dataset_names.get(trial["path"], Path(trial["path"]).name)
         rows.append(_settings(config) | row | measured)

@@ -3,7 +3,7 @@
     python -m experiments.tuning --data DATA --budget small --workers 2
 
 Every family of the comparison trains rungs s2, s4, s5 and s6 of its ladder with several learning rates, on the lower
-three also with two rates of dropout. The recipes in experiments/ladders.py are read off the validation NE; the test
+three also with two rates of dropout. The recipes in experiments/ladders are read off the validation NE; the test
 part is not evaluated.
 
 Small: 145 trials, about three quarters of an hour with two workers on two cores.
@@ -15,7 +15,7 @@ size.
 import sys
 from dataclasses import replace
 
-from experiments.ladders import BASE, RECIPES, RUNGS, rungs
+from experiments.ladders import LADDER
 from experiments.study import Study
 from experiments.sweep import Sweep, param
 
@@ -26,12 +26,12 @@ _MIDDLE = LEARNING_RATES[1:-1]
 
 def _grid(chosen: list[int], rates: list[float], dropouts: list[float]) -> Sweep:
     sweep = Sweep(())
-    for family in RUNGS:
+    for family in LADDER.sizes:
         for rate in rates:
             for dropout in dropouts:
-                recipe = replace(RECIPES[family], learning_rate=rate, power=0.5, dropout=dropout)
+                recipe = replace(LADDER.recipes[family], learning_rate=rate, power=0.5, dropout=dropout)
                 for rung in chosen:
-                    (point,) = rungs(family, rung, rung, recipe)
+                    (point,) = LADDER.rungs(family, rung, rung, recipe)
                     label = f"{point.label} rate={rate:g} dropout={dropout:g}"
                     sweep += Sweep((replace(point, label=label, axis_value=rate),))
     return sweep * param("seed", [0])
@@ -48,7 +48,7 @@ STUDY = Study(
     },
     metric="validation/ne",
     axis="learning_rate",
-    base={**BASE, "train.report_test": False},
+    base={**LADDER.base, "train.report_test": False},
 )
 
 if __name__ == "__main__":

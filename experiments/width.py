@@ -14,7 +14,7 @@ Expect HSTU to gain with diminishing returns, and DLRM little.
 
 import sys
 
-from experiments.ladders import BASE, RECIPES, heads, training
+from experiments.ladders import LADDER, heads
 from experiments.study import Study
 from experiments.sweep import Sweep, model, param, zipped
 
@@ -22,7 +22,7 @@ from experiments.sweep import Sweep, model, param, zipped
 def _sweep(widths: list[int], seeds: list[int]) -> Sweep:
     def axis(family: str, scale: int) -> Sweep:
         swept = param("model.width", [scale * width for width in widths], axis=True)
-        rules = [training(RECIPES[family], scale * width) for width in widths]
+        rules = [LADDER.training(family, scale * width) for width in widths]
         return zipped(swept, *(param(key, [rule[key] for rule in rules]) for key in rules[0]))
 
     number = param("model.heads", [heads(width) for width in widths])
@@ -42,7 +42,8 @@ STUDY = Study(
     },
     metric="ne",
     axis="width",
-    base=BASE,
+    base=LADDER.base,
+    recipe=LADDER.mark,
 )
 
 if __name__ == "__main__":

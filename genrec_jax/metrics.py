@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from genrec_jax.batch import Batch
+from genrec_jax.noise import UserSums, clustered_error, entropy, row_losses
 
 CUTOFFS = (10, 50, 200)
 
@@ -20,52 +21,12 @@ def log_loss(logits: np.ndarray, labels: np.ndarray) -> float:
     """Mean binary cross-entropy in nats of logits [R] against labels [R]; NaN without rows."""
     if not len(logits):
         return math.nan
-    return float(np.mean(_losses(logits, labels)))
-
-
-def _losses(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    x, y = np.asarray(logits, np.float64), np.asarray(labels, np.float64)
-    return np.maximum(x, 0) - x * y + np.log1p(np.exp(-np.abs(x)))
+    return float(np.mean(row_losses(logits, labels)))
 
 
 def normalised_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
     """Log-loss over the entropy of the same rows' base rate (He et al. 2014); NaN if all labels are equal."""
-    return log_loss(logits, labels) / _entropy(float(np.mean(labels))) if len(labels) else math.nan
-
-
-def _entropy(rate: float) -> float:
-    """In nats; NaN for a rate of 0 or 1, by which nothing can be divided."""
-    return -(rate * math.log(rate) + (1 - rate) * math.log(1 - rate)) if 0 < rate < 1 else math.nan
-
-
-def ne_influence(logits: np.ndarray, labels: np.ndarray, users: np.ndarray) -> np.ndarray:
-    """What each user adds to the deviation of NE from its expected value, to first order: [U], users ascending.
-
-    NE = (sum of L_u / n) / H(p) with p = sum of y_u / n, where user u has n_u of the n rows, the loss L_u and y_u
-    positives. The delta method on the three sums gives, for user u,
-
-        ((L_u - n_u L) / n - NE H'(p) (y_u - n_u p) / n) / H(p),  L the mean loss, H'(p) = log((1 - p) / p).
-
-    The values sum to zero; those of several tasks over the same rows may be averaged. NaN where NE is undefined.
-    """
-    _, user, rows = np.unique(users, return_inverse=True, return_counts=True)
-    total = np.bincount(user, weights=_losses(logits, labels), minlength=len(rows))
-    positives = np.bincount(user, weights=np.asarray(labels, np.float64), minlength=len(rows))
-    n = max(len(labels), 1)
-    loss, rate = total.sum() / n, positives.sum() / n
-    entropy = _entropy(rate)
-    slope = math.log((1 - rate) / rate) if 0 < rate < 1 else math.nan
-    return (total - rows * loss - loss / entropy * slope * (positives - rows * rate)) / (n * entropy)
-
-
-def clustered_error(influence: np.ndarray) -> float:
-    """Standard error of a metric from its users' influence [U], users being drawn independently and rows only with
-    their user: sqrt(U / (U - 1) * sum of squares) (Liang & Zeger 1986, with the usual correction for few clusters).
-
-    NaN for fewer than two users.
-    """
-    users = len(influence)
-    return math.sqrt(users / (users - 1) * float(np.sum(influence**2))) if users > 1 else math.nan
+    return log_loss(logits, labels) / float(entropy(np.mean(labels))) if len(labels) else math.nan
 
 
 def auc(scores: np.ndarray, labels: np.ndarray) -> float:
@@ -140,12 +101,13 @@ class RankingMetrics:
     def result(self) -> dict[str, float]:
         """The metrics of all rows added so far."""
         logits, labels, users = self._rows()
+        sums = UserSums.of(self.tasks, logits, labels, users)
+        influence = sums.influence()
         result: dict[str, float] = {}
         for i, task in enumerate(self.tasks):
             x, y = logits[:, i], labels[:, i]
             result[f"ne/{task}"] = normalised_entropy(x, y)
-            if math.isfinite(result[f"ne/{task}"]):
-                result[f"ne_error/{task}"] = clustered_error(ne_influence(x, y, users))
+            result[f"ne_error/{task}"] = clustered_error(influence[:, i])
             result[f"auc/{task}"] = auc(x, y)
             result[f"gauc/{task}"] = gauc(x, y, users)
             result[f"logloss/{task}"] = log_loss(x, y)
@@ -153,18 +115,12 @@ class RankingMetrics:
         for name in ("ne", "auc", "gauc"):
             values = [v for task in self.tasks if math.isfinite(v := result[f"{name}/{task}"])]
             result[name] = float(np.mean(values)) if values else math.nan
-        if math.isfinite(result["ne"]):
-            result["ne_error"] = clustered_error(self.influence()[1])
+        result["ne_error"] = clustered_error(sums.mean_influence())
         return _defined(result | {"impressions": len(logits)})
 
-    def influence(self) -> tuple[float, np.ndarray]:
-        """The mean ``ne`` over the tasks that define it, and every user's influence on it, as :func:`ne_influence`."""
-        logits, labels, users = self._rows()
-        columns = [(logits[:, i], labels[:, i]) for i in range(len(self.tasks))]
-        values = [(ne, ne_influence(x, y, users)) for x, y in columns if math.isfinite(ne := normalised_entropy(x, y))]
-        if not values:
-            return math.nan, np.full(len(np.unique(users)), math.nan)
-        return float(np.mean([ne for ne, _ in values])), np.mean([each for _, each in values], axis=0)
+    def sums(self) -> UserSums:
+        """What each user adds to NE."""
+        return UserSums.of(self.tasks, *self._rows())
 
     def _rows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """logits [R, A], labels [R, A], users [R] of all rows added so far."""
@@ -216,3 +172,6 @@ class RetrievalMetrics:
             for k in CUTOFFS:
                 result[f"{name}@{k}"] = float(np.mean(gain * (ranks <= k)))
         return result | {"mrr": float(np.mean(1 / ranks))}
+
+
+type Metrics = RankingMetrics | RetrievalMetrics

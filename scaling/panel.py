@@ -18,7 +18,7 @@ from scaling.trials import alike, fittable
 _BASELINES = re.compile(r"(dlrm|dcn|deepfm|wukong|din|mlp)(v\d+)?([^a-z0-9].*)?")
 _STANDARD_BASELINE = "dlrm"
 # Settings that have a best value rather than a direction of growth: along them there is no law to fit.
-_RATES = frozenset({"learning_rate", "embedding_learning_rate"})
+_RATES = frozenset({"learning_rate", "embedding_learning_rate", "learning_rate_factor"})
 TUNED = _RATES | {"batch_rows"}
 _FEWEST_X = 4
 # Each family's bootstrap has a seed of its own: comparisons take the draws of two families as independent.

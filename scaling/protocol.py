@@ -53,7 +53,7 @@ def _span(values: list[int]) -> str:
 def _training(analysis: Analysis, table: Table) -> str:
     sizes = {analysis.x: X_NAMES.get(analysis.x, analysis.x), "targets": "targets", "dense_params": "dense parameters"}
     said = [range_text(table, column, name) for column, name in sizes.items() if table.has(column)]
-    named = {"epochs": "epochs", "history": "history length", "flops_formula": "FLOPs counted as"}
+    named = {"recipe": "recipe", "epochs": "epochs", "history": "history length", "flops_formula": "FLOPs counted as"}
     said += [f"{name}: {values_text(table, column)}" for column, name in named.items() if table.has(column)]
     return sentence("; ".join(said)) + "."
 

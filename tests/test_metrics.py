@@ -69,64 +69,6 @@ def test_log_loss_by_hand_and_without_overflow():
     assert metrics.log_loss(np.array([1e4, -1e4]), np.array([0, 0])) == 5e3
 
 
-def test_error_of_ne_by_hand():
-    """Two users of 2 and 1 rows at logit 0: every loss is log 2, so NE deviates through the base rate alone.
-
-    p = 1/3, H = log 3 - 2/3 log 2, H' = log 2, NE = log 2 / H. Of the positives, user 5 has 0 of an expected 2/3 and
-    user 9 has 1 of 1/3: influence -+ NE / H * log 2 * 2/3 / 3, and with two users the error is twice that.
-    """
-    users, labels = np.array([5, 9, 5]), np.array([0, 1, 0])
-    entropy = np.log(3) - 2 / 3 * np.log(2)
-    expected = np.log(2) ** 2 / entropy**2 * 2 / 9
-    influence = metrics.ne_influence(np.zeros(3), labels, users)
-    assert influence == pytest.approx([expected, -expected], rel=1e-12)
-    assert metrics.clustered_error(influence) == pytest.approx(2 * expected, rel=1e-12)
-    # Without the user's losses being equal: each of two users one row, p = 1/2, where H' = 0 and H = log 2.
-    losses = np.log([4.0, 2.0])  # of logits -log 3 with a positive and 0 with a negative
-    error = metrics.clustered_error(metrics.ne_influence(-np.log([3.0, 1.0]), np.array([1, 0]), np.array([1, 2])))
-    assert error == pytest.approx((losses[0] - losses[1]) / 2 / np.log(2), rel=1e-12)
-
-
-def test_error_of_ne_agrees_with_a_bootstrap_over_users():
-    """Users of 1 to 30 rows, whose tastes move both tasks and are unknown to the model; it redraws whole users."""
-    rng = np.random.default_rng(11)
-    users = np.repeat(np.arange(400) * 3 + 1, rng.integers(1, 31, 400))
-    taste = 2.0 * rng.normal(size=1300)[users, None]
-    truth = taste * [1.0, 0.7] + rng.normal(size=(len(users), 2)) - [1.5, 0.3]
-    labels = (rng.random(truth.shape) < 1 / (1 + np.exp(-truth))).astype(np.uint8)
-    logits = 0.8 * (truth - taste * [1.0, 0.7]) - 0.4
-    order = rng.permutation(len(users))
-    stream = metrics.RankingMetrics(("like", "long"))
-    stream.add(logits[order], labels[order], np.ones(len(users), bool), users[order])
-    result = stream.result()
-
-    losses = np.log1p(np.exp(logits)) - logits * labels
-    columns = np.concatenate([np.ones((len(users), 1)), losses, labels], axis=1)
-    sums = np.stack([np.bincount(users, weights=column)[1::3] for column in columns.T], axis=1)  # [users, 5]
-    drawn = rng.multinomial(400, np.full(400, 1 / 400), 4000) @ sums
-    loss, rate = drawn[:, 1:3] / drawn[:, :1], drawn[:, 3:] / drawn[:, :1]
-    ne = loss / -(rate * np.log(rate) + (1 - rate) * np.log(1 - rate))
-    assert [result["ne_error/like"], result["ne_error/long"]] == pytest.approx(ne.std(axis=0), rel=0.1)
-    assert result["ne_error"] == pytest.approx(ne.mean(axis=1).std(), rel=0.1)
-    # Neither rows drawn one by one nor independent tasks would do.
-    by_rows = metrics.clustered_error(metrics.ne_influence(logits[:, 0], labels[:, 0], np.arange(len(users))))
-    assert result["ne_error/like"] > 1.2 * by_rows
-    assert result["ne_error"] > 1.05 * np.hypot(result["ne_error/like"], result["ne_error/long"]) / 2
-
-
-def test_error_of_ne_needs_two_users_and_a_defined_ne():
-    one = metrics.RankingMetrics(("like",))
-    one.add(np.zeros((2, 1)), np.array([[0], [1]]), np.ones(2, bool), np.array([3, 3]))
-    assert "ne" in one.result()
-    assert {"ne_error", "ne_error/like"}.isdisjoint(one.result())
-    two = metrics.RankingMetrics(("like", "long"))
-    two.add(np.zeros((2, 2)), np.array([[0, 1], [1, 1]]), np.ones(2, bool), np.array([3, 4]))
-    result = two.result()
-    assert "ne_error/long" not in result
-    assert result["ne_error"] == result["ne_error/like"] == pytest.approx(0.0, abs=1e-12)
-    assert np.isnan(metrics.ne_influence(np.zeros(2), np.ones(2), np.array([3, 4]))).all()
-
-
 def test_streaming_equals_one_pass_and_masks():
     rng = np.random.default_rng(1)
     logits = rng.normal(size=(40, 8, 2)).astype(np.float32)

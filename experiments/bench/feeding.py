@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from experiments.ladders import BASE, rungs
+from experiments.ladders import LADDER
 from genrec_jax.config import default_trial, override
 from genrec_jax.data.pipeline import TrainStream
 from genrec_jax.data.sequences import Sequences
@@ -28,8 +28,8 @@ def run() -> dict[str, dict[str, float]]:
 
 
 def _measure(family: str, rung: int, sequences: Sequences) -> dict[str, float]:
-    (point,) = rungs(family, rung, rung)
-    trial = override(default_trial(family), {**BASE, **point.values, "data.path": str(sequences.path)})
+    (point,) = LADDER.rungs(family, rung, rung)
+    trial = override(default_trial(family), {**LADDER.base, **point.values, "data.path": str(sequences.path)})
     rows = trial.train.batch_rows
     stream = TrainStream(sequences, trial.data, trial.model.rows, rows, seed=0)
     optimizer = make_optimizer(trial.train, 1000)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from experiments.executors import Training
 from experiments.executors.local import LocalExecutor
-from experiments.ladders import BASE, rungs
+from experiments.ladders import LADDER
 from experiments.launch import run_study
 from experiments.study import Study
 from experiments.sweep import param, zipped
@@ -26,7 +26,9 @@ def _study(family: str, first_seed: int) -> Study:
     """``TRIALS`` trials of rung s0; weight decay stands for what a search varies, for the recipe fixes the rates."""
     numbers = range(first_seed, first_seed + TRIALS)
     varied = zipped(param("seed", list(numbers)), param("train.weight_decay", [0.001 * (n + 1) for n in numbers]))
-    return Study("packing", "Packing", "", {"small": rungs(family, 0, 0) * varied}, "ne", "train_flops", BASE)
+    return Study(
+        "packing", "Packing", "", {"small": LADDER.rungs(family, 0, 0) * varied}, "ne", "train_flops", LADDER.base
+    )
 
 
 def _sweep(study: Study, dataset: Dataset, out: Path, pack: int) -> dict[str, float]:

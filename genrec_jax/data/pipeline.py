@@ -194,8 +194,35 @@ def evaluation_shape(config: DataConfig, goal: Goal) -> Shape:
     return dataclasses.replace(config.shape, segments=config.segments if goal == "retrieval" else 1)
 
 
-class EvaluationBatches:
-    """Batches of the impressions that every model is evaluated on; can be iterated again and again.
+class FixedBatches:
+    """Batches of given rows in their order, which can be iterated again and again; the last is filled up with empty
+    rows.
+
+    ``plan`` [R, S]: the rows of the assembler's table that share each row.
+    """
+
+    def __init__(self, assemble: Assembler, plan: np.ndarray, batch_rows: int):
+        self._assemble = assemble
+        self._plan = np.full((-(-len(plan) // batch_rows) * batch_rows, plan.shape[1]), EMPTY, np.int64)
+        self._plan[: len(plan)] = plan
+        self._batch_rows = batch_rows
+
+    def __len__(self) -> int:
+        return len(self._plan) // self._batch_rows
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in range(0, len(self._plan), self._batch_rows):
+            yield self._assemble(self._plan[start : start + self._batch_rows])
+
+
+def request_batches(sequences: Sequences, config: DataConfig, table: RowTable, batch_rows: int) -> FixedBatches:
+    """Batches of the requests in ``table``, one per row, as they are evaluated."""
+    assemble = Assembler(sequences, table, evaluation_shape(config, "ranking"))
+    return FixedBatches(assemble, np.arange(len(table))[:, None], batch_rows)
+
+
+class EvaluationBatches(FixedBatches):
+    """Batches of the impressions that every model is evaluated on.
 
     impressions: how many candidates they hold. fingerprint: see :func:`evaluation_fingerprint`.
     """
@@ -206,22 +233,12 @@ class EvaluationBatches:
         self.fingerprint = _fingerprint(sequences, part, table)
         self._items = np.asarray(sequences.item)[_targets(table)]
         shape = evaluation_shape(config, goal)
-        self._assemble = Assembler(sequences, table, shape)
         plan = plan_segments(table.history_length, config.history, shape.segments, seed=0)
-        self._plan = np.full((-(-len(plan) // batch_rows) * batch_rows, shape.segments), EMPTY, np.int64)
-        self._plan[: len(plan)] = plan
-        self._batch_rows = batch_rows
+        super().__init__(Assembler(sequences, table, shape), plan, batch_rows)
 
     def unseen(self, seen: np.ndarray) -> int:
         """How many of the impressions are of items that ``seen`` [items] has not."""
         return int((~seen[self._items]).sum())
-
-    def __len__(self) -> int:
-        return len(self._plan) // self._batch_rows
-
-    def __iter__(self) -> Iterator[Batch]:
-        for start in range(0, len(self._plan), self._batch_rows):
-            yield self._assemble(self._plan[start : start + self._batch_rows])
 
 
 def evaluation_batches(

@@ -48,17 +48,27 @@ def split_by_time(sequences: Sequences, validation: float, test: float) -> Split
     An event exactly at a boundary belongs to the later part, with every other event of that second: ties never
     straddle. Raises UserError naming the dataset and the part if a part is empty.
     """
+    split = split_at(sequences, boundary_times(sequences, validation, test))
+    _refuse_empty(sequences, split, PARTS, "its times leave none; change data.validation or data.test")
+    return split
+
+
+def boundary_times(sequences: Sequences, validation: float, test: float) -> tuple[int, int]:
+    """When the validation and the test part of :func:`split_by_time` begin. Raises UserError without events."""
     events = sequences.events
     if events == 0:
         raise UserError(f"dataset {sequences.name!r} has no events")
     ranks = [min(round(share * events), events - 1) for share in (1 - validation - test, 1 - test)]
-    boundaries = [_ranked_time(sequences, rank) for rank in ranks]
+    first, second = (_ranked_time(sequences, rank) for rank in ranks)
+    return first, second
+
+
+def split_at(sequences: Sequences, times: tuple[int, int]) -> Split:
+    """The events before the first time are "train", those from the second on "test"; any part may be empty."""
     first, last = sequences.offsets[:-1], sequences.offsets[1:]
     # A user's events are in time order, so counting those before a boundary finds where the part begins.
-    cuts = [first + count for count in _count_before(sequences, boundaries)]
-    split = Split(np.stack([first, *cuts, last]).astype(np.int64))
-    _refuse_empty(sequences, split, PARTS, "its times leave none; change data.validation or data.test")
-    return split
+    cuts = [first + count for count in _count_before(sequences, list(times))]
+    return Split(np.stack([first, *cuts, last]).astype(np.int64))
 
 
 def split_last(sequences: Sequences, *, validation: bool = True) -> Split:

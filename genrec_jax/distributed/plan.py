@@ -24,6 +24,7 @@ from genrec_jax.distributed.tensor import place
 from genrec_jax.distributed.topology import ADAPTER, Topology
 from genrec_jax.errors import UserError
 from genrec_jax.models.base import Ranker
+from genrec_jax.models.mup import rates
 from genrec_jax.models.registry import Model
 from genrec_jax.nn.embedding import tables
 from genrec_jax.nn.stack import over_devices, rematerialised
@@ -156,7 +157,8 @@ def plans_on(
         step: Any
         if program == "training":
             shape, number = trial.data.shape, trial.train.batch_rows
-            optimizer, rule = make_optimizer(trial.train, steps), make_row_rule(trial.train, steps)
+            factors = rates(model)
+            optimizer, rule = make_optimizer(trial.train, steps, factors), make_row_rule(trial.train, steps, factors)
             step = make_step(model, optimizer, pieces_here(trial.train, mesh), rule, mesh, where)
             draft = dataclasses.replace(plan, flops=3.0 * alone.cost(shape).flops * number / mesh.size)
         else:

@@ -43,6 +43,16 @@ class ModelConfig:
         """How items share rows, if they do."""
         return Hashing(self.item_hashing, self.item_rows) if self.item_rows else None
 
+    @property
+    def base(self) -> "ModelConfig | None":
+        """The model by which this one is parametrised (:mod:`genrec_jax.models.mup`); None: by the standard."""
+        return None
+
+    @property
+    def branch(self) -> float:
+        """Factor of what a block adds to its input."""
+        return 1.0
+
     def check(self) -> None:
         """Raises UserError naming the ``model.`` key if the sizes are impossible."""
 

@@ -11,7 +11,7 @@ from genrec_jax.errors import UserError
 from genrec_jax.layouts import CONTEXT_HISTORY_CANDIDATES
 from genrec_jax.models import registry
 from genrec_jax.models.base import Build
-from genrec_jax.models.sequence import Mixer, SequenceConfig, SequenceRanker, ranking_stack
+from genrec_jax.models.sequence import Mixer, RankingConfig, SequenceRanker, ranking_stack
 from genrec_jax.nn.basic import MLP, LayerNorm
 from genrec_jax.nn.cost import Cost, total
 from genrec_jax.nn.experts import CGC
@@ -21,8 +21,8 @@ from genrec_jax.objectives import bce
 
 
 @dataclasses.dataclass(frozen=True)
-class DirLConfig(SequenceConfig):
-    """Sizes as in SequenceConfig. experts: N shared experts of the head, beside one per task; expert_width: of each."""
+class DirLConfig(RankingConfig):
+    """Sizes as in RankingConfig. experts: N shared experts of the head, beside one per task; expert_width: of each."""
 
     name = "dirl"
     experts: int = 2
@@ -51,7 +51,15 @@ class CandidateRanker(SequenceRanker):
         self.context = ContextEncoder(schema, width, dtype=dtype, rngs=rngs)
         self.items = ItemEncoder(schema, width, hashing=config.hashing, dtype=dtype, rngs=rngs)
         self.actions = ActionEncoder(len(schema.tasks), width, dtype=dtype, rngs=rngs)
-        self.cross = MLP(width + request_feature_count(schema), [width, width], dtype=dtype, rngs=rngs)
+        beside = request_feature_count(schema)
+        self.cross = MLP(
+            width,
+            [width, width],
+            beside=beside,
+            beside_init=jax.nn.initializers.normal(((config.base_width or width) + beside) ** -0.5),
+            dtype=dtype,
+            rngs=rngs,
+        )
         self.stack = ranking_stack(config, mixer, self.layout.longest(build.shape.history), dtype, rngs)
         self.norm = LayerNorm(width, dtype=dtype, rngs=rngs)
         self.head = CGC(
@@ -83,8 +91,7 @@ class CandidateRanker(SequenceRanker):
 
     def candidate_tokens(self, batch: Batch) -> jax.Array:
         item = self.items(batch.candidates)
-        cross = request_features(batch, self.schema).astype(item.dtype)
-        return item + self.cross(jnp.concatenate([item, cross], axis=-1))
+        return item + self.cross(item, beside=request_features(batch, self.schema).astype(item.dtype))
 
     def cost(self, shape: Shape) -> Cost:
         return total(

@@ -11,7 +11,7 @@ from genrec_jax.batch import Batch, Shape
 from genrec_jax.layouts import INTERLEAVED
 from genrec_jax.models import registry
 from genrec_jax.models.base import Build
-from genrec_jax.models.sequence import Mixer, SequenceConfig, SequenceRanker, ranking_stack
+from genrec_jax.models.sequence import Mixer, RankingConfig, SequenceRanker, ranking_stack
 from genrec_jax.nn.basic import LayerNorm, Linear
 from genrec_jax.nn.cost import Cost, total
 from genrec_jax.nn.tokens import ActionEncoder, ContextEncoder, ItemEncoder
@@ -32,7 +32,7 @@ class InterleavedRanker(SequenceRanker):
 
     layout = INTERLEAVED
 
-    def __init__(self, config: SequenceConfig, build: Build, *, mixer: Mixer, rngs: nnx.Rngs):
+    def __init__(self, config: RankingConfig, build: Build, *, mixer: Mixer, rngs: nnx.Rngs):
         schema, dtype, width = build.schema, build.dtype, config.width
         self.context = ContextEncoder(schema, width, dtype=dtype, rngs=rngs)
         self.items = ItemEncoder(schema, width, hashing=config.hashing, dtype=dtype, rngs=rngs)
@@ -79,8 +79,8 @@ class InterleavedRanker(SequenceRanker):
 
 
 @dataclasses.dataclass(frozen=True)
-class HSTUConfig(SequenceConfig):
-    """Sizes as in SequenceConfig; heads are width / heads wide.
+class HSTUConfig(RankingConfig):
+    """Sizes as in RankingConfig; heads are width / heads wide.
 
     rows: what one encoding is trained on. "windows": generative, every event of a window once per pass. "requests":
     impression-level, only the candidates of one request. "prefixes": a request and every action before it; with

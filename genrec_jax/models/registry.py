@@ -7,6 +7,7 @@ from flax import nnx
 
 from genrec_jax.errors import UserError
 from genrec_jax.models.base import Build, ModelConfig, Ranker, Retriever
+from genrec_jax.models.mup import parametrise
 
 Model = Ranker | Retriever
 Builder = Callable[..., Model]  # (config, build, *, rngs)
@@ -39,7 +40,11 @@ def config_type(name: str) -> type[ModelConfig]:
 def build(config: ModelConfig, build: Build, *, rngs: nnx.Rngs) -> Model:
     """Builds the architecture that ``config`` describes for a dataset's schema and row shape."""
     _import_all()
-    return _MODELS[config.name][1](config, build, rngs=rngs)
+    make = _MODELS[config.name][1]
+    model, base = make(config, build, rngs=rngs), config.base
+    if base is not None:
+        parametrise(model, nnx.eval_shape(lambda: make(base, build, rngs=nnx.Rngs(0))), branch=config.branch)
+    return model
 
 
 def _import_all() -> None:

@@ -37,6 +37,34 @@ class SequenceConfig(ModelConfig):
             raise UserError(f"model.dropout must be in [0, 1), not {self.dropout}")
 
 
+@dataclasses.dataclass(frozen=True)
+class RankingConfig(SequenceConfig):
+    """Sizes as in SequenceConfig.
+
+    base_width: parametrise the model so that learning rates found at this width, with one head, hold at any
+    (:mod:`genrec_jax.models.mup`); 0 for the standard parametrisation. base_depth: and those found at this depth at any
+    depth: blocks add base_depth / depth of what they compute; 0 for all of it.
+    """
+
+    base_width: int = 0
+    base_depth: int = 0
+
+    @property
+    def base(self) -> "RankingConfig | None":
+        if not (self.base_width or self.base_depth):
+            return None
+        return dataclasses.replace(self, width=self.base_width, heads=1) if self.base_width else self
+
+    @property
+    def branch(self) -> float:
+        return self.base_depth / self.depth if self.base_depth else 1.0
+
+    def check(self) -> None:
+        super().check()
+        if min(self.base_width, self.base_depth) < 0:
+            raise UserError("model.base_width and model.base_depth must not be negative")
+
+
 class SequenceRanker(Ranker):
     """A ranker of tokens [context | history | candidates], in parts, so that a server can cache what comes before the
     candidates: logits = ``logits`` of the candidates' rows of ``stack`` over ``prefix`` and ``candidate_tokens``."""
@@ -64,14 +92,24 @@ class SequenceRanker(Ranker):
         raise NotImplementedError
 
 
-def ranking_stack(config: SequenceConfig, mixer: Mixer, longest: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> Stack:
-    """``depth`` blocks whose heads are ``width / heads`` wide; ``longest`` is the longest sequence a token can see."""
-    head = config.width // config.heads
+def ranking_stack(config: RankingConfig, mixer: Mixer, longest: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> Stack:
+    """``depth`` blocks whose heads are ``width / heads`` wide; ``longest`` is the longest sequence a token can see.
+
+    q . k grows like the width of a head once both have learned anything, in HSTU from the start (SiLU has a mean). With
+    a base width it is divided by that, and is what the standard has where a head is as wide as the base.
+    """
+    head, base = config.width // config.heads, config.base_width
 
     def block() -> Block:
         if mixer == "softmax":
             return TransformerBlock(
-                config.width, config.heads, longest=longest, dropout=config.dropout, dtype=dtype, rngs=rngs
+                config.width,
+                config.heads,
+                scale=base**0.5 / head if base else head**-0.5,
+                longest=longest,
+                dropout=config.dropout,
+                dtype=dtype,
+                rngs=rngs,
             )
         return HSTUBlock(
             config.width,
@@ -80,6 +118,7 @@ def ranking_stack(config: SequenceConfig, mixer: Mixer, longest: int, dtype: jnp
             v_width=head,
             longest=longest,
             project_init=jax.nn.initializers.normal(config.width**-0.5),
+            alpha=base / head if base else 1.0,
             dropout=config.dropout,
             dtype=dtype,
             rngs=rngs,

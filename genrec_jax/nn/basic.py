@@ -82,7 +82,9 @@ def dropout(
 class MLP(nnx.Module):
     """Hidden layers with an activation after each, and a linear last layer unless ``activate_last``.
 
-    Devices of a ``tensor`` axis divide the hidden units of one with a single hidden layer.
+    The first layer may read ``beside`` further inputs by a map of their own, whose initial values and learning rate
+    need not follow the number of ``inputs``. Devices of a ``tensor`` axis divide the hidden units of one with a single
+    hidden layer.
     """
 
     def __init__(
@@ -90,6 +92,8 @@ class MLP(nnx.Module):
         inputs: int,
         widths: Sequence[int],
         *,
+        beside: int = 0,
+        beside_init: jax.nn.initializers.Initializer | None = None,
         activation: Activation = jax.nn.relu,
         activate_last: bool = False,
         dropout: float = 0.0,
@@ -98,17 +102,32 @@ class MLP(nnx.Module):
     ):
         sizes = [inputs, *widths]
         self.layers = nnx.List([Linear(a, b, dtype=dtype, rngs=rngs) for a, b in itertools.pairwise(sizes)])
+        self.beside = (
+            Linear(beside, sizes[1], use_bias=False, kernel_init=beside_init, dtype=dtype, rngs=rngs)
+            if beside and beside_init
+            else None
+        )
         self.activation = activation
         self.activate_last = activate_last
         self.dropout = dropout
 
-    def __call__(self, x: jax.Array, *, rngs: nnx.Rngs | None = None, tensor: Tensor = UNDIVIDED) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        beside: jax.Array | None = None,
+        rngs: nnx.Rngs | None = None,
+        tensor: Tensor = UNDIVIDED,
+    ) -> jax.Array:
         for i, layer in enumerate(self.layers):
             x = layer.summed(x, tensor) if i else layer(tensor.enter(x))
+            if i == 0 and self.beside is not None and beside is not None:
+                x = x + self.beside(beside)
             if i + 1 < len(self.layers) or self.activate_last:
                 x = dropout(self.activation(x), self.dropout, rngs)
         return x
 
     def cost(self, rows: int, tensor: Tensor = UNDIVIDED) -> Cost:
         layers = enumerate(self.layers)
-        return total([layer.cost(rows).among(tensor.size, activations=i > 0) for i, layer in layers])
+        beside = Cost() if self.beside is None else self.beside.cost(rows)
+        return total([beside, *(layer.cost(rows).among(tensor.size, activations=i > 0) for i, layer in layers)])

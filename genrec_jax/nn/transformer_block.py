@@ -18,13 +18,25 @@ EXPANSION = 4  # FFN width over model width
 
 
 class TransformerBlock(nnx.Module):
-    """X' = X + W_o softmax(Q K^T / sqrt(d) + rab) V;  Y = X' + FFN(LN(X')) with [Q, K, V] = LN(X) W, GELU, FFN x4.
+    """X' = X + W_o softmax(scale Q K^T + rab) V;  Y = X' + FFN(LN(X')) with [Q, K, V] = LN(X) W, GELU, FFN x4.
 
     Vaswani et al. 2017 with normalisation before each part. Dropout is on both residual branches.
     """
 
-    def __init__(self, width: int, heads: int, *, longest: int, dropout: float, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        scale: float,
+        longest: int,
+        dropout: float,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        """``scale``: of Q K^T, usually one over the square root of a head's width."""
         self.heads, self.head_width, self.dropout = heads, width // heads, dropout
+        self.scale = scale
         self.context, self.tensor = ALONE, UNDIVIDED
         self.sections = (width, width, width)  # of W's outputs
         self.norm = LayerNorm(width, dtype=dtype, rngs=rngs)
@@ -40,7 +52,7 @@ class TransformerBlock(nnx.Module):
         attention = functools.partial(
             softmax_attention,
             tokens=plan,
-            scale=self.head_width**-0.5,
+            scale=self.scale,
             position_bias=self.tensor.enter(self.bias.position[...]),
             time_bias=self.tensor.enter(self.bias.time[...]),
         )

@@ -18,6 +18,7 @@ from genrec_jax.data.splits import Part
 from genrec_jax.distributed.mesh import gathered, rows_of, shares
 from genrec_jax.distributed.processes import on_devices, share_of_rows
 from genrec_jax.distributed.tables import asked_on, borrow, lent_on, specs_with
+from genrec_jax.metrics import Metrics
 from genrec_jax.models.base import Ranker, Retriever
 from genrec_jax.models.registry import Model
 from genrec_jax.nn.stack import divisions
@@ -51,15 +52,11 @@ class Evaluator:
 
     def __call__(self, params: Any, part: Part) -> dict[str, float]:
         """As :func:`evaluate`. Raises UserError naming the dataset and the part if it is empty."""
-        return self.each([params], part)[0]
+        return self.each([params], part)[0].result()
 
-    def each(self, params: Sequence[Any], part: Part) -> list[dict[str, float]]:
+    def each(self, params: Sequence[Any], part: Part) -> list[Metrics]:
         """As :func:`evaluate_each`, and as above."""
         return evaluate_each(self._model, self._scorer, params, self._batches(part), self._sequences.schema.tasks)
-
-    def ranking(self, params: Any, part: Part) -> metrics.RankingMetrics:
-        """A ranker's scored impressions. Raises UserError as above."""
-        return scored(self._scorer, [params], self._batches(part), self._sequences.schema.tasks)[0]
 
 
 def batch_rows(train: TrainConfig, mesh: Mesh | None = None) -> int:
@@ -158,7 +155,7 @@ def evaluate(
     tasks: tuple[str, ...],
 ) -> dict[str, float]:
     """Metrics by name (``ne/like``, ``auc``, ``hr@10``, ...); absent where a metric is undefined on these rows."""
-    return evaluate_each(model, scorer, [params], batches, tasks)[0]
+    return evaluate_each(model, scorer, [params], batches, tasks)[0].result()
 
 
 def evaluate_each(
@@ -167,15 +164,15 @@ def evaluate_each(
     params: Sequence[Any],
     batches: Iterable[Batch],
     tasks: tuple[str, ...],
-) -> list[dict[str, float]]:
-    """As :func:`evaluate` for several parameters of one model, which share the batches."""
+) -> list[Metrics]:
+    """The metrics of several parameters of one model, which share the batches."""
     if isinstance(model, Retriever):
         retrieval = [metrics.RetrievalMetrics() for _ in params]
         for batch in batches:
             for ranks, own in zip([scorer(p, batch) for p in params], retrieval):
                 own.add(np.asarray(ranks))
-        return [own.result() for own in retrieval]
-    return [own.result() for own in scored(scorer, params, batches, tasks)]
+        return list(retrieval)
+    return list(scored(scorer, params, batches, tasks))
 
 
 def scored(

@@ -24,6 +24,7 @@ from genrec_jax.data.splits import Part
 from genrec_jax.distributed.mesh import context_of, tensor_of
 from genrec_jax.distributed.processes import on_devices, records_of, share_of_rows, told_by_all
 from genrec_jax.errors import UserError
+from genrec_jax.metrics import Metrics
 from genrec_jax.models.registry import Model
 from genrec_jax.nn.stack import over_devices, rematerialised
 from genrec_jax.retrieval_loss import Popularity
@@ -126,7 +127,13 @@ def read_trial(folder: Path) -> Trial:
 
 
 def restored(trial: Trial, run_dir: Path) -> tuple[Sequences, Model, Any]:
-    """The data, the model and the trained parameters of a trial, from its newest checkpoint, or the best if it selects.
+    """The data, the model and the trained parameters of a trial; see :func:`restored_state`."""
+    sequences, state = restored_state(trial, run_dir)
+    return sequences, abstract_model(trial, sequences.schema), state.params
+
+
+def restored_state(trial: Trial, run_dir: Path) -> tuple[Sequences, State]:
+    """The data and the state of a trained trial, from its newest checkpoint, or the best if it selects.
 
     Raises UserError for unusable data, or if the folder has no checkpoint.
     """
@@ -141,7 +148,7 @@ def restored(trial: Trial, run_dir: Path) -> tuple[Sequences, Model, Any]:
             found = checkpoints.restore(like, best=trial.train.select == "best")
     if found is None:
         raise UserError(f"{run_dir} has no checkpoint")
-    return sequences, abstract_model(trial, sequences.schema), found[1].params
+    return sequences, found[1]
 
 
 class _Pack:
@@ -187,9 +194,9 @@ class _Pack:
         done = [place for place, member in enumerate(self._members) if not member.status]
         tested = [self._members[place].finish(self._state(place)).params for place in done]
         if self._train.report_test and self._members[0].watched != "test":
-            found = self._evaluator.each(tested, "test")
+            found: Sequence[Metrics | None] = self._evaluator.each(tested, "test")
         else:
-            found = [{} for _ in done]
+            found = [None for _ in done]
         for place, metrics in zip(done, found):
             self._write(place, metrics)
         return self._results
@@ -280,7 +287,7 @@ class _Pack:
             if self._on_progress:
                 self._on_progress(member.trial, line)
             if member.status == "diverged":
-                self._write(place, {})
+                self._write(place, None)
         self._marked = time.perf_counter()
 
     def _lap(self, at_work: list[int]) -> float:
@@ -300,11 +307,14 @@ class _Pack:
         for place, found in zip(at_work, self._evaluator.each(params, self._members[0].watched)):
             self._members[place].validated(step, found)
 
-    def _write(self, place: int, tested: dict[str, float]) -> None:
+    def _write(self, place: int, tested: Metrics | None) -> None:
         """Writes the result of a trial that has come to its end; ``tested``: its metrics on the test part, if any."""
         member, train = self._members[place], self._train
         counts = member.counts.after(member.steps)
-        result: dict[str, Any] = {"status": member.status, **dataclasses.asdict(counts), **tested}
+        result: dict[str, Any] = {"status": member.status, **dataclasses.asdict(counts)}
+        if tested is not None:
+            result |= tested.result()
+            member.keep_users(tested)
         if member.status == "done":
             if member.watched == "test":
                 result |= {name.removeprefix("test/"): value for name, value in member.validation.items()}

@@ -1,18 +1,20 @@
 """One trial in training: its folder, its input stream, and what it remembers between steps."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from genrec_jax.config import Trial
 from genrec_jax.data.pipeline import TrainStream
 from genrec_jax.data.splits import Part
+from genrec_jax.metrics import Metrics, RankingMetrics
 from genrec_jax.models.base import Goal
 from genrec_jax.train.checkpoint import Checkpoints
 from genrec_jax.train.estimate import Account
 from genrec_jax.train.hardware import matmul_peak
 from genrec_jax.train.optimizer import schedule
-from genrec_jax.train.record import MetricsLog, flat
+from genrec_jax.train.record import MetricsLog, flat, write_users
 from genrec_jax.train.step import State
 from genrec_jax.train.tensorboard import TensorBoard
 
@@ -97,11 +99,18 @@ class Member:
             self.status = "diverged"
         return line
 
-    def validated(self, step: int, found: dict[str, float]) -> None:
+    def validated(self, step: int, found: Metrics) -> None:
         """Records the metrics of the watched part."""
-        self.validation = {f"{self.watched}/{name}": value for name, value in found.items()}
+        self.validation = {f"{self.watched}/{name}": value for name, value in found.result().items()}
         self._add({"step": step, "steps": self.counts.steps, **self.validation})
         self._board.scalars(_floats(self.validation), step)
+        if not self.trial.train.report_test and (self.trial.train.select == "last" or self._is_best()):
+            self.keep_users(found)
+
+    def keep_users(self, found: Metrics) -> None:
+        """Records what each user added to the NE that the result will hold; ranks add nothing to it."""
+        if isinstance(found, RankingMetrics):
+            write_users(self.records / "users.npz", found.sums())
 
     def save(self, step: int, state: State, wall_seconds: float, *, validated: bool) -> None:
         """Writes a checkpoint; ``validated``: scored by the latest evaluation, which is of this step."""
@@ -112,7 +121,8 @@ class Member:
             "wall_seconds": wall_seconds,
             "first_loss": self._first_loss,
         }
-        self._checkpoints.save(step, state, record, self._score() if validated else -math.inf)
+        score = self._score(self.validation) if validated else -math.inf
+        self._checkpoints.save(step, state, record, score)
 
     def finish(self, state: State) -> State:
         """The trial is done; returns the state to be tested, and takes back the metrics of the best evaluation if it is
@@ -141,10 +151,16 @@ class Member:
         """What a line of the log says of the watched part."""
         return {key: value for key, value in line.items() if key.startswith(f"{self.watched}/")}
 
-    def _score(self) -> float:
-        """Of the latest evaluation, for choosing; the worst of all where the metric is undefined."""
+    def _is_best(self) -> bool:
+        """Whether no evaluation was better than the latest."""
+        assert self._log is not None
+        scores = [self._score(found) for line in self._log.kept if (found := self._evaluation(line))]
+        return scores[-1] == max(scores)
+
+    def _score(self, evaluation: Mapping[str, float]) -> float:
+        """For choosing among evaluations; the worst of all where the metric is undefined."""
         metric, sign = SELECTED_BY[self.trial.model.goal]
-        return sign * self.validation.get(f"{self.watched}/{metric}", -sign * math.inf)
+        return sign * evaluation.get(f"{self.watched}/{metric}", -sign * math.inf)
 
     def _diverged(self, loss: float) -> bool:
         if not math.isfinite(loss):

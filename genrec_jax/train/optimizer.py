@@ -12,6 +12,7 @@ import optax
 from genrec_jax.config import TrainConfig
 from genrec_jax.distributed.host import as_before, fetched, on_host
 from genrec_jax.distributed.tensor import place
+from genrec_jax.models.mup import Rates
 from genrec_jax.train.rows import RowRule
 
 Decay = Literal["cosine", "constant"]
@@ -39,7 +40,7 @@ def _decays(path: tuple, value: jax.Array) -> bool:
 
 
 def _name(key: object) -> str:
-    return str(getattr(key, "key", getattr(key, "name", "")))
+    return str(getattr(key, "key", getattr(key, "name", key)))
 
 
 def schedule(peak: float, steps: int, warmup: float, decay: Decay = "cosine") -> optax.Schedule:
@@ -59,28 +60,30 @@ def schedule(peak: float, steps: int, warmup: float, decay: Decay = "cosine") ->
     return rate
 
 
-def make_row_rule(config: TrainConfig, steps: int) -> RowRule | None:
-    """The row-wise rule of a trial's tables, if it has one."""
+def make_row_rule(config: TrainConfig, steps: int, rates: Rates | None = None) -> RowRule | None:
+    """The row-wise rule of a trial's tables, if it has one; ``rates``: as of :func:`make_optimizer`."""
     if config.embedding_optimizer == "adamw":
         return None
-    rate = schedule(config.embedding_learning_rate, steps, config.warmup, config.decay)
+    factor = min((rate for path, rate in (rates or {}).items() if is_table(path)), default=1.0)  # they are alike
+    rate = schedule(factor * config.embedding_learning_rate, steps, config.warmup, config.decay)
     return RowRule(config.embedding_optimizer, rate, config.embedding_weight_decay, config.beta1, config.beta2)
 
 
-def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: TrainConfig, steps: int, rates: Rates | None = None) -> optax.GradientTransformation:
     """The optimiser of a trial of ``steps`` steps; weight decay is decoupled and spares biases and norms.
 
-    The config's :data:`SCALARS` may be traced. What the optimiser keeps does not depend on them.
+    ``rates``: factors of the learning rate by a parameter's place, 1 where there is none
+    (:func:`genrec_jax.models.mup.rates`). What decays does so at the rate itself, whatever its factor.
+
+    The config's :data:`SCALARS` may be traced. What the optimiser keeps does not depend on them, nor on the rates.
     Gradients of tables that have a row-wise rule pass through: clipped, not yet applied.
     """
 
     def adamw(rate: float, weight_decay: float) -> optax.GradientTransformation:
-        return optax.adamw(
-            schedule(rate, steps, config.warmup, config.decay),
-            b1=config.beta1,
-            b2=config.beta2,
-            weight_decay=weight_decay,
-            mask=lambda params: jax.tree_util.tree_map_with_path(_decays, params),
+        return optax.chain(
+            _scaled(optax.scale_by_adam(config.beta1, config.beta2), rates or {}),
+            optax.add_decayed_weights(weight_decay, lambda params: jax.tree_util.tree_map_with_path(_decays, params)),
+            optax.scale_by_learning_rate(schedule(rate, steps, config.warmup, config.decay)),
         )
 
     def label(params: optax.Params) -> optax.Params:
@@ -94,6 +97,18 @@ def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformat
     }
     clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
     return optax.chain(clip, optax.partition(rules, label))
+
+
+def _scaled(rule: optax.GradientTransformation, rates: Rates) -> optax.GradientTransformation:
+    """The rule with each parameter's update times its rate."""
+    if not rates:
+        return rule
+
+    def update(updates: Any, state: optax.OptState, params: Any = None) -> tuple[Any, optax.OptState]:
+        updates, state = rule.update(updates, state, params)
+        return jax.tree_util.tree_map_with_path(lambda path, x: rates.get(place(path), 1.0) * x, updates), state
+
+    return optax.GradientTransformation(rule.init, update)
 
 
 def update_in_parts(

@@ -178,11 +178,16 @@ def as_folder(at: Place, what: str) -> Path:
 
 def write_text(to: Place, text: str) -> None:
     """Writes a file so that readers see the old one or the new one."""
+    write_whole(to, text.encode())
+
+
+def write_whole(to: Place, content: bytes) -> None:
+    """As :func:`write_text`."""
     if isinstance(to, Store):
-        to.write_bytes(text.encode())
+        to.write_bytes(content)
         return
     aside = to.with_name(f".{to.name}.{uuid.uuid4().hex}")
-    aside.write_text(text, encoding="utf-8")
+    aside.write_bytes(content)
     os.replace(aside, to)
 
 

@@ -1,19 +1,43 @@
 """The files of a trial's folder: written whole or not at all, so that a killed run leaves nothing false behind."""
 
+import dataclasses
+import io
 import json
 import math
+import zipfile
+import zlib
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from genrec_jax.train.places import Place, write_text
+import numpy as np
+
+from genrec_jax.noise import UserSums
+from genrec_jax.train.places import Place, write_text, write_whole
 
 _PACKAGES = ("jax", "flax", "optax", "numpy", "grain")
+_COLUMNS = ("users", "rows", "losses", "positives")
 
 
 def write_json(path: Place, record: dict[str, Any]) -> None:
     """Readers see the old file or the new one."""
     write_text(path, json.dumps(record, indent=1) + "\n")
+
+
+def write_users(path: Place, sums: UserSums) -> None:
+    """Writes what each evaluated user adds to NE: in a trial's ``users.npz``, of the part that ``eval_set`` names."""
+    content = io.BytesIO()
+    np.savez_compressed(content, **dataclasses.asdict(sums))
+    write_whole(path, content.getvalue())
+
+
+def read_users(path: Place) -> UserSums | None:
+    """The inverse; None where there is no such record, as with older trials and those of retrieval."""
+    try:
+        with np.load(io.BytesIO(path.read_bytes())) as found:
+            return UserSums(tasks=tuple(found["tasks"].tolist()), **{name: found[name] for name in _COLUMNS})
+    except (FileNotFoundError, NotADirectoryError, KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None
 
 
 def versions() -> dict[str, str]:

@@ -19,6 +19,7 @@ from genrec_jax.distributed.host import KIND
 from genrec_jax.distributed.mesh import gathered, placed, row_axes, rows_of, shares, summed
 from genrec_jax.distributed.tables import Lent, Returned, asked_on, borrow, give_back, lent_on, move_lent, specs_with
 from genrec_jax.errors import UserError
+from genrec_jax.models.mup import rates
 from genrec_jax.models.registry import Model
 from genrec_jax.nn.stack import divisions
 from genrec_jax.train.optimizer import Scalars, make_optimizer, make_row_rule, update_in_parts
@@ -124,9 +125,10 @@ def trial_step(model: Model, config: TrainConfig, steps: int, mesh: Mesh | None 
 
     def step(state: State, batch: Batch, scalars: Scalars) -> tuple[State, Metrics]:
         own = dataclasses.replace(config, **scalars)
-        rule = make_row_rule(own, steps)
-        return training_step(model, make_optimizer(own, steps), pieces_here(own, mesh), rule, mesh)(state, batch)
+        optimizer, rule = make_optimizer(own, steps, factors), make_row_rule(own, steps, factors)
+        return training_step(model, optimizer, pieces_here(own, mesh), rule, mesh)(state, batch)
 
+    factors = rates(model)
     return step
 
 

@@ -194,7 +194,8 @@ def test_every_study_resolves_at_every_budget() -> None:
     """Unknown keys, clashing factors and impossible sizes would be refused here."""
     known = studies()
     names = {"depth", "width", "data", "history", "gr_vs_dlrm", "ml1m_retrieval", "quickstart", "tuning"}
-    names |= {"retrieval_choices", "generative", "generative_tuning", "stochastic_length"}
+    names |= {"retrieval_choices", "generative", "generative_tuning", "stochastic_length", "rate_check", "epochs"}
+    names |= {"lr_transfer", "lr_depth"}
     assert set(known) == names
     for study in known.values():
         for budget in study.points:

@@ -1,8 +1,11 @@
 """The frozen recipes: rates by hand, and every rung a trial that trains."""
 
+import dataclasses
+
 import pytest
 
-from experiments.ladders import RECIPES, RUNGS, Recipe, heads, rungs, training
+from experiments.ladders import LADDER, Ladder, Recipe, heads, read
+from genrec_jax.config import TrainConfig, default_trial, override
 
 
 def test_learning_rate_falls_with_the_width_from_32_on() -> None:
@@ -13,21 +16,56 @@ def test_learning_rate_falls_with_the_width_from_32_on() -> None:
         "train.batch_rows": 16,
         "model.dropout": 0.1,
     }
-    assert training(recipe, 16) == training(recipe, 32) == expected
-    assert training(recipe, 128)["train.learning_rate"] == 0.0025  # (1 / 4) ** 1.5
-    assert training(recipe, 128)["train.embedding_learning_rate"] == 0.005
-    assert training(Recipe(0.02, 0.5, 0.0, 32), 128)["train.learning_rate"] == 0.01
+    assert recipe.training(16) == recipe.training(32) == expected
+    assert recipe.training(128)["train.learning_rate"] == 0.0025  # (1 / 4) ** 1.5
+    assert recipe.training(128)["train.embedding_learning_rate"] == 0.005
+    assert Recipe(0.02, 0.5, 0.0, 32).training(128)["train.learning_rate"] == 0.01
 
 
-@pytest.mark.parametrize("family", RUNGS)
+def test_mup_leaves_the_rate_alone_and_sets_the_base() -> None:
+    found = Recipe(0.02, 0.0, 0.0, 16, base_width=32, base_depth=2).training(512)
+    assert found["train.learning_rate"] == 0.02
+    assert (found["model.base_width"], found["model.base_depth"]) == (32, 2)
+
+
+@pytest.mark.parametrize("family", LADDER.sizes)
 def test_rungs_train_by_the_family_recipe_or_by_another(family: str) -> None:
-    chosen = list(rungs(family, 1, 3))
+    chosen = list(LADDER.rungs(family, 1, 3))
     assert [point.label for point in chosen] == ["s1", "s2", "s3"]
-    for point, sizes in zip(chosen, RUNGS[family][1:4], strict=True):
-        assert point.values == {**sizes, **training(RECIPES[family], sizes["model.width"])}
-    (other,) = rungs(family, 2, 2, Recipe(1e-4, 0.0, 0.3, 8))
+    for point, sizes in zip(chosen, LADDER.sizes[family][1:4], strict=True):
+        assert point.values == {**sizes, **LADDER.training(family, sizes["model.width"])}
+    (other,) = LADDER.rungs(family, 2, 2, Recipe(1e-4, 0.0, 0.3, 8))
     assert other.values["train.learning_rate"] == 1e-4
     assert other.values["model.dropout"] == 0.3
+
+
+@pytest.mark.parametrize("family", LADDER.sizes)
+def test_every_rung_is_a_trial_and_bigger_than_the_last(family: str) -> None:
+    points = list(LADDER.rungs(family, 0, len(LADDER.sizes[family]) - 1))
+    trials = [override(default_trial(family), {**LADDER.base, **point.values}) for point in points]
+    sizes = [(one.model.width, one.model.depth, one.train.epochs) for one in trials]
+    assert sizes == sorted(sizes)
+
+
+def test_a_ladder_fixes_what_training_depends_on() -> None:
+    """All of the training but what a rung or the machine decides; so that a new default changes no ladder."""
+    machine = {"pieces", "select", "report_test", "log_every", "checkpoint_every", "checkpoint_seconds", "validations"}
+    rung = {"epochs", "steps", "learning_rate", "embedding_learning_rate", "batch_rows"}
+    open_ = machine | rung | {"embedding_precision"}  # of row-wise rules alone
+    fields = {field.name for field in dataclasses.fields(TrainConfig)}
+    assert {f"train.{name}" for name in fields - open_} <= LADDER.base.keys()
+
+
+def test_the_mark_is_of_everything_that_is_set() -> None:
+    """Of this ladder: a change is a new recipe, with a name of its own."""
+    assert LADDER.mark == "tuned@f3bf98e4be88"
+    assert read("tuned").mark == LADDER.mark
+    changed: list[Ladder] = [
+        dataclasses.replace(LADDER, base={**LADDER.base, "train.warmup": 0.1}),
+        dataclasses.replace(LADDER, recipes={**LADDER.recipes, "din": Recipe(0.01, 0.5, 0.0, 32)}),
+        dataclasses.replace(LADDER, sizes={**LADDER.sizes, "hstu": LADDER.sizes["hstu"][1:]}),
+    ]
+    assert len({LADDER.mark, *(one.mark for one in changed)}) == 4
 
 
 @pytest.mark.parametrize("width", [16, 24, 48, 64, 96, 160, 256, 320, 1280])

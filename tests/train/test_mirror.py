@@ -98,6 +98,7 @@ def steps_to_the_end(trial: Trial, whole: Path) -> list[int]:
     with brought(TRIAL) as copy:
         assert lines(copy) == lines(whole)
         results = [json.loads((run / "result.json").read_text(encoding="utf-8")) for run in (copy, whole)]
+        assert (copy / "users.npz").read_bytes() == (whole / "users.npz").read_bytes()
     assert untimed(results[0]) == untimed(results[1])
     marked = json.loads((TRIAL / "checkpoints" / "sizes.json").read_text())
     here = {path.name: mirror._files(path) for path in (whole / "checkpoints").glob("[0-9]*")}

@@ -16,6 +16,7 @@ from genrec_jax.train import loop
 from genrec_jax.train.estimate import abstract_model, init_params
 from genrec_jax.train.optimizer import make_optimizer, make_row_rule, scalars
 from genrec_jax.train.pack import check_pack, pack_key
+from genrec_jax.train.record import read_users
 from genrec_jax.train.step import init_state, pack_step, trial_step
 from tests.data.helpers import random_dataset
 from tests.train.helpers import Stopped, lines, trial_of, untimed
@@ -81,6 +82,9 @@ def assert_same_records(trial: Trial, found: Path, expected: Path) -> None:
     assert list(results[0]) == list(results[1])
     assert_equal(*map(untimed, results))
     assert_equal(lines(found), lines(expected))
+    sums = [read_users(run / "users.npz") for run in (found, expected)]
+    if sums[0] is not None:
+        assert_equal(*({key: value.tolist() for key, value in vars(own).items() if key != "tasks"} for own in sums))
     if results[1]["status"] == "done":
         own, alone = (jax.tree.leaves(loop.restored(trial, run)[2]) for run in (found, expected))
         for a, b in zip(own, alone, strict=True):

@@ -11,6 +11,7 @@ from genrec_jax.config import override
 from genrec_jax.data.pipeline import evaluation_batches
 from genrec_jax.data.sequences import Sequences
 from genrec_jax.errors import UserError
+from genrec_jax.metrics import Metrics
 from genrec_jax.train import loop
 from genrec_jax.train.checkpoint import Checkpoints
 from genrec_jax.train.estimate import abstract_model, init_params
@@ -159,7 +160,7 @@ def test_a_killed_selection_resumes_exactly(
             raise Stopped
         save(self, step, *rest)
 
-    def evaluated(self: Evaluator, params: Any, part: Any, call: Any = Evaluator.each) -> list[dict[str, float]]:
+    def evaluated(self: Evaluator, params: Any, part: Any, call: Any = Evaluator.each) -> list[Metrics]:
         if at == part:
             raise Stopped
         return call(self, params, part)

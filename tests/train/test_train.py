@@ -228,7 +228,7 @@ def test_killed_anywhere_nothing_is_recorded_twice_or_lost(
         if at == f"step {record['step']}":
             raise Stopped
 
-    def evaluated(self: Evaluator, params: Any, part: Any, call: Any = Evaluator.each) -> list[dict[str, float]]:
+    def evaluated(self: Evaluator, params: Any, part: Any, call: Any = Evaluator.each) -> list[metrics.Metrics]:
         done.append(3 * len(done) + 3)
         if at == (part if part == "test" else f"validation {done[-1]}"):
             raise Stopped
@@ -260,9 +260,9 @@ def test_time_of_validations_is_not_time_of_training(
 ) -> None:
     spent = [0.0]
 
-    def slow(*_: Any) -> list[dict[str, float]]:
+    def slow(*_: Any) -> list[metrics.Metrics]:
         spent[0] += 1000.0
-        return [{"ne": 1.0}]
+        return [metrics.RankingMetrics(("click",))]
 
     clock = types.SimpleNamespace(perf_counter=lambda: time.perf_counter() + spent[0])
     monkeypatch.setattr(Evaluator, "each", slow)

@@ -1,0 +1,52 @@
+"""Learning-rate transfer in depth: does the best learning rate of a shallow model hold for a deep one?
+
+    python -m experiments.lr_depth --data DATA --budget small --workers 2
+    python -m experiments.lr_figure RUNS --out docs/mup --name lr_depth
+
+HSTU and the Transformer of width 64, 1 to 8 blocks, under muP with blocks that add all of what they compute and with
+blocks that add 2 / depth of it (model.base_depth=2). Otherwise as experiments/lr_transfer.py.
+
+Small: 112 trials of 100 steps, about half an hour with two workers on two cores.
+
+Expect the best rate to fall with the depth where blocks add everything, and to stay where they add their share.
+"""
+
+import sys
+from dataclasses import replace
+
+from experiments.lr_transfer import BASE, RATES
+from experiments.study import Study
+from experiments.sweep import Sweep, model, param
+
+WIDTH = 64
+SHARES = {"whole": 0, "share": 2}  # model.base_depth
+
+
+def _grid(depths: list[int], seeds: list[int]) -> Sweep:
+    points = Sweep(())
+    for name in ("hstu", "transformer"):
+        for by, base in SHARES.items():
+            for depth in depths:
+                sizes = {"model.width": WIDTH, "model.heads": 1, "model.base_width": 32, "model.base_depth": base}
+                for rate in RATES["muP"]:
+                    rates = {"train.learning_rate": rate, "train.embedding_learning_rate": 2 * rate}
+                    values = {**sizes, **rates, "model.depth": depth}
+                    (point,) = model(name, family=f"{name} {by} {depth}", **values)
+                    points += Sweep((replace(point, label=f"rate={rate:g}", axis_value=rate),))
+    return points * param("seed", seeds)
+
+
+STUDY = Study(
+    name="lr_depth",
+    title="Learning rates across depths",
+    doc=(__doc__ or "").strip(),
+    points={"small": _grid([1, 2, 4, 8], [0])},
+    metric="validation/ne",
+    axis="learning_rate",
+    base=BASE,
+)
+
+if __name__ == "__main__":
+    from experiments.cli import main
+
+    main(["sweep", STUDY.name, *sys.argv[1:]])
