@@ -9,7 +9,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import tyro
@@ -20,6 +20,9 @@ from scaling.table import rows_to_csv
 
 METRIC = "validation/ne"
 SIDES = ("standard", "muP", "whole", "share")  # how trials are parametrised, from left to right
+
+
+Name = Literal["lr_transfer", "lr_depth"]
 
 
 class Best(NamedTuple):
@@ -75,7 +78,7 @@ def drift(by_width: Mapping[int, Mapping[float, float]]) -> tuple[float, float]:
     return float(np.ptp(spans[0])), float(np.ptp(spans[1]))
 
 
-def draw(found: Curves) -> str:
+def draw(found: Curves, size: str) -> str:
     """SVG: a row per model, the two parametrisations side by side."""
     from matplotlib.figure import Figure
 
@@ -107,7 +110,9 @@ def draw(found: Curves) -> str:
             panels[line, 0].set_ylabel("validation NE")
         for axes in panels[-1]:
             axes.set_xlabel("learning rate")
-        figure.legend(*panels[0, 0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=5)
+        figure.legend(
+            *panels[0, 0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=6, title=size
+        )
         return render(figure, "Validation NE by learning rate, at several widths")
 
     return styled(drawn)()
@@ -127,7 +132,7 @@ def lines(found: Curves) -> list[str]:
     return said
 
 
-def main(runs: Annotated[Path, tyro.conf.Positional], *, out: Path, name: str = "lr_transfer") -> int:
+def main(runs: Annotated[Path, tyro.conf.Positional], *, out: Path, name: Name = "lr_transfer") -> int:
     """Write NAME.svg and NAME.csv to OUT and print where each size has its best rate; RUNS: the study's folder."""
     try:
         table = scaling.read_table(runs)
@@ -136,7 +141,7 @@ def main(runs: Annotated[Path, tyro.conf.Positional], *, out: Path, name: str = 
         return 2
     found = curves(table.rows)
     out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.svg").write_text(draw(found), encoding="utf-8")
+    (out / f"{name}.svg").write_text(draw(found, "depth" if name == "lr_depth" else "width"), encoding="utf-8")
     rows = [
         {"model": model, "by": by, "size": size, "learning_rate": rate, METRIC: value}
         for (model, by), sizes in found.items()

@@ -39,7 +39,7 @@ def test_curves_average_seeds_and_drift_counts_factors_of_two() -> None:
     assert widths[128][0.04] == math.inf
     assert drift(widths)[0] == 1.0
     assert lines(found)[0].startswith("hstu, muP: the best rate moves by a factor of 2^1")
-    assert ">128<" in draw(found)
+    assert ">128<" in draw(found, "width")
 
 
 def test_the_study_differs_in_width_parametrisation_and_rate_alone() -> None:
