@@ -91,9 +91,13 @@ def heads(width: int) -> int:
 
 @functools.cache
 def read(name: str) -> Ladder:
-    """The ladder of a name."""
+    """The ladder of a name. One that ``extends`` another has its rungs, and the recipes that are not its own."""
     record = tomllib.loads((_FOLDER / f"{name}.toml").read_text(encoding="utf-8"))
     title = record.pop("title")
+    if "extends" in record:
+        other = read(record.pop("extends"))
+        own = {family: Recipe(**recipe) for family, recipe in record.items()}
+        return dataclasses.replace(other, name=name, title=title, recipes={**other.recipes, **own})
     base = {f"{part}.{key}": value for part in ("data", "train") for key, value in record.pop(part).items()}
     sizes = {
         family: [_sizes(family, rung) for rung in own.pop("rungs")] for family, own in record.items() if "rungs" in own

@@ -195,7 +195,7 @@ def test_every_study_resolves_at_every_budget() -> None:
     known = studies()
     names = {"depth", "width", "data", "history", "gr_vs_dlrm", "ml1m_retrieval", "quickstart", "tuning"}
     names |= {"retrieval_choices", "generative", "generative_tuning", "stochastic_length", "rate_check", "epochs"}
-    names |= {"lr_transfer", "lr_depth"}
+    names |= {"lr_transfer", "lr_depth", "parametrisations"}
     assert set(known) == names
     for study in known.values():
         for budget in study.points:

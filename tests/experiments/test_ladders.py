@@ -22,6 +22,15 @@ def test_learning_rate_falls_with_the_width_from_32_on() -> None:
     assert Recipe(0.02, 0.5, 0.0, 32).training(128)["train.learning_rate"] == 0.01
 
 
+def test_a_ladder_that_extends_another_has_its_rungs() -> None:
+    mup = read("mup")
+    assert mup.sizes == LADDER.sizes
+    assert mup.base == LADDER.base
+    assert mup.recipes["dlrm"] == LADDER.recipes["dlrm"]
+    assert {point.values["train.learning_rate"] for point in mup.rungs("hstu", 0, 10)} == {0.02}
+    assert {point.values["model.base_width"] for point in mup.rungs("dirl", 0, 10)} == {32}
+
+
 def test_mup_leaves_the_rate_alone_and_sets_the_base() -> None:
     found = Recipe(0.02, 0.0, 0.0, 16, base_width=32, base_depth=2).training(512)
     assert found["train.learning_rate"] == 0.02
@@ -60,6 +69,7 @@ def test_the_mark_is_of_everything_that_is_set() -> None:
     """Of this ladder: a change is a new recipe, with a name of its own."""
     assert LADDER.mark == "tuned@f3bf98e4be88"
     assert read("tuned").mark == LADDER.mark
+    assert read("mup").mark == "mup@58aef3cf3ddf"
     changed: list[Ladder] = [
         dataclasses.replace(LADDER, base={**LADDER.base, "train.warmup": 0.1}),
         dataclasses.replace(LADDER, recipes={**LADDER.recipes, "din": Recipe(0.01, 0.5, 0.0, 32)}),
