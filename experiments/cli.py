@@ -61,6 +61,7 @@ def plan(
     topology: str,
     mesh: str | None = None,
     search: bool = False,
+    quick: bool = False,
     remat: bool = False,
     offload: Literal["optimizer"] | None = None,
     items: int | None = None,
@@ -74,6 +75,7 @@ def plan(
         topology: Slice of TPU chips, for example v5e:2x2 or v5p:8x16x16; or GPUs, for example h100:8 (an estimate).
         mesh: How its devices share the work, for example data=2,fsdp=2 (default: they share the rows).
         search: Compile several meshes and rank them.
+        quick: Let the TPU compiler optimise little: about half the time, for memory and traffic that are rougher.
         remat: As of genrec train.
         offload: As of genrec train.
         items: Number of items of the data (of a model).
@@ -88,6 +90,7 @@ def plan(
             topology=topology,
             mesh=mesh,
             search=search,
+            quick=quick,
             remat=remat,
             offload=offload is not None,
             items=items,

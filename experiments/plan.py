@@ -29,6 +29,7 @@ def plan_command(
     topology: str,
     mesh: str | None,
     search: bool,
+    quick: bool,
     remat: bool,
     offload: bool,
     items: int | None,
@@ -40,8 +41,10 @@ def plan_command(
     trial, schema, steps = _trial(what, items, tasks, settings)
     if where.chip.gpu and offload:
         raise UserError("--offload is planned for TPUs alone: estimates for GPUs do not know the host's memory")
+    if where.chip.gpu and quick:
+        raise UserError("--quick is for TPUs alone: for GPUs nothing is compiled")
     if not where.chip.gpu:
-        prepare()
+        prepare(quick=quick)
 
     def planned(where: Topology, sizes: dict[str, int], programs: Sequence[Program] = PROGRAMS) -> list[Plan]:
         if where.chip.gpu:
@@ -49,6 +52,8 @@ def plan_command(
         return compiled_plans(trial, schema, where, sizes, max(steps, 1), remat, offload, programs)
 
     console = Console(highlight=False)
+    if quick:
+        console.print("compiled with little optimisation: memory, traffic and what is sent are rough", style="dim")
     if where.chip.gpu:
         console.print("estimated from the model's own accounts; nothing was compiled", style="dim")
     if search:

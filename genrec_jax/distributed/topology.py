@@ -89,12 +89,18 @@ def slices(topology: Topology) -> list[Topology]:
     return [parse_topology(f"{topology.kind}:{shape}") for shape in topology.chip.shapes]
 
 
-def prepare() -> None:
-    """Makes the TPU compiler known to jax, which must not have been used yet. Raises UserError where it is missing."""
+def prepare(*, quick: bool = False) -> None:
+    """Makes the TPU compiler known to jax, which must not have been used yet; ``quick``: one that optimises little.
+
+    Raises UserError where it is missing.
+    """
     if not LIBTPU.is_dir():
         raise UserError("the TPU compiler (libtpu) is not installed: `make tpu-compiler` installs it (140 MB)")
-    os.environ.update(ENVIRONMENT)
+    os.environ.update(ENVIRONMENT | ({"JAX_OPTIMIZATION_LEVEL": "O0"} if quick else {}))
     if str(LIBTPU) not in sys.path:
         sys.path.append(str(LIBTPU))
     if "jax" in sys.modules:  # imported, it no longer looks at the variable
-        sys.modules["jax"].config.update("jax_platforms", "cpu")
+        jax = sys.modules["jax"]
+        jax.config.update("jax_platforms", "cpu")
+        if quick:
+            jax.config.update("jax_optimization_level", "O0")

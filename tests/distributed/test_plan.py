@@ -3,6 +3,8 @@ of a step is in test_mesh and test_estimates."""
 
 import dataclasses
 import functools
+import sys
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -117,7 +119,7 @@ def compiled_here(monkeypatch: pytest.MonkeyPatch) -> None:
         both = [dataclasses.replace(plan, topology=topology, mesh=sizes) for plan in found]
         return [plan for plan, name in zip(both, plans.PROGRAMS, strict=True) if name in asked]
 
-    monkeypatch.setattr(command, "prepare", lambda: None)
+    monkeypatch.setattr(command, "prepare", lambda quick: None)
     monkeypatch.setattr(command, "compiled_plans", here)
 
 
@@ -216,6 +218,7 @@ def test_a_search_asks_for_the_scoring_of_the_best_mesh_alone(
         (["dlrm", "--topology", "h100:3", "--items", "9"], "the shapes of h100 are 1, 2, 4"),
         (["hstu", "--topology", "h100:8", "--items", "9", "--mesh", "context=8"], "must be a multiple of the mesh's"),
         (["dlrm", "--topology", "h100:8", "--items", "9", "--set", "train.batch_rows=9"], "must be a multiple of 8"),
+        (["dlrm", "--topology", "h100:8", "--items", "9", "--quick"], "--quick is for TPUs alone"),
         (["nothing", "--topology", "v5e:2x2"], "'nothing' is neither a recipe (amazon-books-hstu"),
         (["dlrm", "--topology", "v5e:2x2"], "needs --items"),
         (["dlrm", "--topology", "v5e:2x2", "--items", "0"], "--items must be at least 1, not 0"),
@@ -228,9 +231,29 @@ def test_a_search_asks_for_the_scoring_of_the_best_mesh_alone(
 def test_bad_input_is_one_sentence(
     given: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command, "prepare", lambda: None)
+    monkeypatch.setattr(command, "prepare", lambda quick: None)
     assert planned(*given) == 2
     assert said in capsys.readouterr().err
+
+
+def test_quick_plans_are_of_a_compiler_that_optimises_little(
+    tmp_path, compiled_here: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(topologies, "LIBTPU", tmp_path)
+    monkeypatch.setattr(topologies, "os", SimpleNamespace(environ={}))
+    monkeypatch.setattr(topologies, "sys", SimpleNamespace(path=[], modules=sys.modules))
+    monkeypatch.setattr(command, "prepare", topologies.prepare)
+    before = jax.config.jax_optimization_level
+    try:
+        settings = ("--set", "model.depth=1", "--set", "model.sampling=popularity")
+        assert planned("ml-1m-sasrec", "--topology", "v5e:2x2", *settings) == 0
+        assert jax.config.jax_optimization_level == before
+        assert "rough" not in capsys.readouterr().out
+        assert planned("ml-1m-sasrec", "--topology", "v5e:2x2", "--quick", *settings) == 0
+        assert jax.config.jax_optimization_level == topologies.os.environ["JAX_OPTIMIZATION_LEVEL"] == "O0"
+        assert "compiled with little optimisation" in capsys.readouterr().out
+    finally:
+        jax.config.update("jax_optimization_level", before)
 
 
 def test_without_the_compiler_it_says_how_to_get_it(
