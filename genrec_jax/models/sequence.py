@@ -42,8 +42,8 @@ class RankingConfig(SequenceConfig):
     """Sizes as in SequenceConfig.
 
     base_width: parametrise the model so that learning rates found at this width, with one head, hold at any
-    (:mod:`genrec_jax.models.mup`); 0 for the standard parametrisation. base_depth: and those found at this depth at any
-    depth: blocks add base_depth / depth of what they compute; 0 for all of it.
+    (:mod:`genrec_jax.models.mup`); 0 for the standard parametrisation. base_depth: blocks of a deeper model add
+    base_depth / depth of what they compute; 0 for all of it at any depth.
     """
 
     base_width: int = 0
@@ -57,7 +57,7 @@ class RankingConfig(SequenceConfig):
 
     @property
     def branch(self) -> float:
-        return self.base_depth / self.depth if self.base_depth else 1.0
+        return min(1.0, self.base_depth / self.depth) if self.base_depth else 1.0
 
     def check(self) -> None:
         super().check()

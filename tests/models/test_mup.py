@@ -44,6 +44,11 @@ def test_at_the_base_width_it_is_the_standard_parametrisation(model: str) -> Non
     np.testing.assert_array_equal(*scores)
 
 
+def test_blocks_of_models_deeper_than_the_base_add_their_share() -> None:
+    shares = [trial("hstu", 32, 32, model__base_depth=2, model__depth=depth).model.branch for depth in (1, 2, 4, 8)]
+    assert shares == [1.0, 1.0, 0.5, 0.25]
+
+
 def test_initial_values_and_rates_by_hand() -> None:
     """Four times the base width, twice the base depth."""
     wide = trial("hstu", 128, 32, model__base_depth=1)
