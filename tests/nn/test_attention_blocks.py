@@ -140,11 +140,11 @@ def test_dropout_of_a_concatenated_output(x):
 
 
 def test_transformer_block_is_its_equations(x):
-    block = TransformerBlock(WIDTH, HEADS, longest=LONGEST, dropout=0.5, dtype=FLOAT, rngs=nnx.Rngs(0))
+    block = TransformerBlock(WIDTH, HEADS, scale=0.3, longest=LONGEST, dropout=0.5, dtype=FLOAT, rngs=nnx.Rngs(0))
     p = moved(block)
     mixed = normalised(x[0], p["norm", "scale"], p["norm", "bias"]) @ p["project", "kernel"] + p["project", "bias"]
     q, k, v = np.split(mixed, 3, axis=-1)
-    scores = heads(q) @ heads(k).transpose(0, 2, 1) / 2.0 + rab(p, row())
+    scores = 0.3 * heads(q) @ heads(k).transpose(0, 2, 1) + rab(p, row())
     weights = np.where(np.asarray(visible(row()))[0], np.exp(scores), 0)[:, :7]
     weights /= weights.sum(-1, keepdims=True)
     attended = (weights @ heads(v)).transpose(1, 0, 2).reshape(7, WIDTH)
