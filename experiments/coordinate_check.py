@@ -4,7 +4,8 @@
 
 Trains every generative ranker for a few steps at widths of 32 to 1,024, by the standard parametrisation and by muP, and
 writes how far its tokens, the products of its queries and keys, the output of each block and its logits have moved
-(coordinates.csv), with a figure. Under muP every line is level (Yang et al., "Tensor Programs V", 2022, appendix D.1).
+(coordinates.csv), with a figure. Under muP every line is level (Yang et al., "Tensor Programs V", 2022, appendix D.1),
+but for the products in one head that grows with the model, which fall (docs/mup.md).
 """
 
 import dataclasses

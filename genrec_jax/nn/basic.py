@@ -121,7 +121,8 @@ class MLP(nnx.Module):
     ) -> jax.Array:
         for i, layer in enumerate(self.layers):
             x = layer.summed(x, tensor) if i else layer(tensor.enter(x))
-            if i == 0 and self.beside is not None and beside is not None:
+            if i == 0 and self.beside is not None:
+                assert beside is not None
                 x = x + self.beside(beside)
             if i + 1 < len(self.layers) or self.activate_last:
                 x = dropout(self.activation(x), self.dropout, rngs)
