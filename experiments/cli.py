@@ -114,6 +114,7 @@ def sweep(
     pack: int = 1,
     mesh: str | None = None,
     remat: bool = False,
+    set: Many[tuple[str, ...]] = (),
     out: Annotated[str | None, PLACE] = None,
     dry_run: bool = False,
     forecast: bool = False,
@@ -134,6 +135,7 @@ def sweep(
         pack: Trials that a process trains together, where they differ in seed, learning rates and the like alone.
         mesh: Devices of an attempt's process that share each trial, as of genrec train.
         remat: As of genrec train.
+        set: dotted.key=value of every trial's configuration; repeat for several.
         out: Folder of the study, or a URL of one in a store (default: runs/NAME-DATASET-BUDGET).
         dry_run: Print every trial with its FLOPs, memory and expected time, and run nothing.
         forecast: Record what the laws of the trials in --out expect of those that have not begun, and run nothing; what
@@ -142,13 +144,17 @@ def sweep(
     """
     from experiments.executors import ExecutorConfig, Training
     from experiments.run import Instead, run_named
+    from experiments.trial import parse_settings
     from genrec_jax.train.places import place
 
     target = None if out is None else place(out)
     where = ExecutorConfig(executor, workers, address, cpus, gpus, slurm)
     how = Training(pack, mesh, remat)
     instead: Instead | None = "dry_run" if dry_run else "forecast" if forecast else None
-    sys.exit(run_named(name, data, budget, where=where, how=how, out=target, instead=instead, quiet=quiet))
+    settings = parse_settings(set)
+    sys.exit(
+        run_named(name, data, budget, where=where, how=how, settings=settings, out=target, instead=instead, quiet=quiet)
+    )
 
 
 def recipe(

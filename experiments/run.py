@@ -34,13 +34,15 @@ def run_named(
     *,
     where: ExecutorConfig,
     how: Training,
+    settings: Mapping[str, str],
     out: Place | None,
     instead: Instead | None,
     quiet: bool,
 ) -> int:
     """Runs a study and writes its table and report; returns the exit code (1 if a trial failed for good).
 
-    ``instead`` of that: print what it will cost, or record what its laws expect of the trials to come.
+    ``settings`` (dotted keys) hold for all its trials. ``instead`` of running it: print what it will cost, or record
+    what its laws expect of the trials to come.
     """
     from experiments.dry_run import print_plan, with_cost
     from experiments.forecast import write_forecasts
@@ -55,7 +57,7 @@ def run_named(
     known = studies()
     if name not in known:
         raise UserError(f"unknown study {name!r}; there is: {', '.join(sorted(known))}")
-    study = known[name]
+    study = known[name].with_settings(settings)
     executor = None if instead else make_executor(where)
     folder = load_any(data, quiet=quiet)
     planned = study.trials(str(folder), budget, digest_of(folder))

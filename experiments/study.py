@@ -1,7 +1,7 @@
 """What a study is: named points by budget, the metric it reads and the axis it draws them on."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from experiments.sweep import Point, Sweep
@@ -56,6 +56,22 @@ class Study:
     base: Mapping[str, Any] = field(default_factory=dict)
     conclude: Conclusion | None = None
     recipe: str = ""
+
+    def with_settings(self, settings: Mapping[str, str]) -> "Study":
+        """The study with ``settings`` (dotted keys) for all its points; its recipe's name says so.
+
+        Raises UserError for a key that tells its points apart, and for those that name the dataset.
+        """
+        if not settings:
+            return self
+        apart = {key for sweep in self.points.values() for point in sweep for key in point.values}
+        for key in settings:
+            if key in ("data.path", "data.digest"):
+                raise UserError(f"--set {key}=...: the dataset is named by --data")
+            if key in apart:
+                raise UserError(f"--set {key}=...: the points of study {self.name!r} set it themselves")
+        said = f"with {', '.join(f'{key}={value}' for key, value in sorted(settings.items()))}"
+        return replace(self, base={**self.base, **settings}, recipe=f"{self.recipe} {said}".strip())
 
     def trials(self, data_path: str, budget: Budget, digest: str = "") -> list[PlannedTrial]:
         """The resolved trials of a budget on a dataset folder whose content has the given digest.

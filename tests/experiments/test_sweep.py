@@ -98,6 +98,24 @@ def test_study_refuses(points: Sweep, base: Any, message: str) -> None:
         study(points, base=base).trials("data/world", "small")
 
 
+def test_settings_hold_for_every_trial_and_are_in_the_recipes_name() -> None:
+    points = model("fake") * param("model.width", [8, 16])
+    found = study(points, base={"train.batch_rows": 7}).with_settings({"train.batch_rows": "9", "data.test": "0.03"})
+    planned = found.trials("data/world", "small")
+    assert [(one.trial.train.batch_rows, one.trial.data.test) for one in planned] == [(9, 0.03)] * 2
+    assert [one.recipe for one in planned] == ["with data.test=0.03, train.batch_rows=9"] * 2
+    assert study(points).with_settings({}) == study(points)
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [("model.width", "the points of study 'depth' set it themselves"), ("data.path", "the dataset is named by --data")],
+)
+def test_settings_that_a_study_cannot_take_are_refused(key: str, message: str) -> None:
+    with pytest.raises(UserError, match=f"--set {key}=...: {message}"):
+        study(model("fake") * param("model.width", [8])).with_settings({key: "16"})
+
+
 def test_unknown_budget_is_refused() -> None:
     with pytest.raises(UserError, match="has no budget 'large'; it has: small"):
         study(model("fake")).trials("data/world", "large")
