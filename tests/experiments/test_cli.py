@@ -1,6 +1,7 @@
 """The command line: every mistake of a user's is one sentence on stderr, exit code 2, and nothing half-written."""
 
 import json
+import re
 import signal
 from pathlib import Path
 
@@ -195,11 +196,28 @@ def test_every_study_resolves_at_every_budget() -> None:
     known = studies()
     names = {"depth", "width", "data", "history", "gr_vs_dlrm", "ml1m_retrieval", "quickstart", "tuning"}
     names |= {"retrieval_choices", "generative", "generative_tuning", "stochastic_length", "rate_check", "epochs"}
-    names |= {"lr_transfer", "lr_depth", "parametrisations"}
+    names |= {"lr_transfer", "lr_depth", "parametrisations", "history_vs_depth"}
     assert set(known) == names
     for study in known.values():
         for budget in study.points:
             assert study.trials("somewhere", budget)
+
+
+def test_a_setting_of_a_sweep_reaches_every_trial(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    world = tmp_path / "world"
+    main(["data", "synthetic", "--preset", "tiny", "--events", "350", "--out", str(world), "--quiet"])
+    capsys.readouterr()
+    given = ["sweep", "quickstart", "--data", str(world), "--dry-run", "--set"]
+    plans = {}
+    for fraction in ("1.0", "0.5"):
+        with pytest.raises(SystemExit) as stop:
+            main([*given, f"data.fraction={fraction}"])
+        assert stop.value.code == 0
+        plans[fraction] = [line.split()[-4] for line in capsys.readouterr().out.splitlines() if "seed=" in line]
+    assert plans["1.0"]
+    assert all(float(half) < float(whole) for half, whole in zip(plans["0.5"], plans["1.0"], strict=True))
+    assert "is named by --data" in fails(capsys, *given, "data.path=elsewhere")
+    assert "set it themselves" in fails(capsys, *given, "model.width=8")
 
 
 def test_the_search_for_studies_leaves_signals_alone() -> None:
