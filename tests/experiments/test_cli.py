@@ -213,7 +213,7 @@ def test_a_setting_of_a_sweep_reaches_every_trial(tmp_path: Path, capsys: pytest
         with pytest.raises(SystemExit) as stop:
             main([*given, f"data.fraction={fraction}"])
         assert stop.value.code == 0
-            plans[fraction] = re.findall(r"seed=0 +(\S+) ", capsys.readouterr().out)
+        plans[fraction] = re.findall(r"seed=0 +(\S+) ", capsys.readouterr().out)
     assert plans["1.0"]
     assert all(float(half) < float(whole) for half, whole in zip(plans["0.5"], plans["1.0"], strict=True))
     assert "is named by --data" in fails(capsys, *given, "data.path=elsewhere")
