@@ -205,7 +205,7 @@ def test_every_study_resolves_at_every_budget() -> None:
 
 def test_a_setting_of_a_sweep_reaches_every_trial(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     world = tmp_path / "world"
-    main(["data", "synthetic", "--preset", "tiny", "--events", "350", "--out", str(world), "--quiet"])
+    main(["data", "synthetic", "--preset", "tiny", "--events", "7000", "--out", str(world), "--quiet"])
     capsys.readouterr()
     given = ["sweep", "quickstart", "--data", str(world), "--dry-run", "--set"]
     plans = {}
