@@ -1,4 +1,4 @@
-"""The figure of experiments/lr_transfer.py or lr_depth.py: NE by learning rate, a curve per size.
+"""The figure of experiments/lr_transfer.py, lr_depth.py or lr_batch.py: NE by learning rate, a curve per size.
 
     python -m experiments.lr_figure RUNS --out docs/mup --name lr_transfer
 
@@ -21,12 +21,12 @@ from scaling.table import rows_to_csv
 METRIC = "validation/ne"
 SIDES = ("standard", "muP", "whole", "share")  # how trials are parametrised, from left to right
 
-
-Name = Literal["lr_transfer", "lr_depth"]
+Name = Literal["lr_transfer", "lr_depth", "lr_batch"]
+_SIZES: dict[Name, str] = {"lr_transfer": "width", "lr_depth": "depth", "lr_batch": "rows in a batch"}
 
 
 class Best(NamedTuple):
-    """The best of the rates a width was trained with, and the vertex of the parabola through it and its neighbours;
+    """The best of the rates a size was trained with, and the vertex of the parabola through it and its neighbours;
     ``edge``: the best is the last of the grid, and the true one may lie beyond."""
 
     rate: float
@@ -35,9 +35,7 @@ class Best(NamedTuple):
     edge: bool
 
 
-Curves = dict[
-    tuple[str, str], dict[int, dict[float, float]]
-]  # (model, parametrisation) -> width or depth -> rate -> NE
+Curves = dict[tuple[str, str], dict[int, dict[float, float]]]  # (model, parametrisation) -> size -> rate -> NE
 
 
 def curves(rows: Sequence[Mapping[str, object]]) -> Curves:
@@ -79,7 +77,7 @@ def drift(by_width: Mapping[int, Mapping[float, float]]) -> tuple[float, float]:
 
 
 def draw(found: Curves, size: str) -> str:
-    """SVG: a row per model, the two parametrisations side by side."""
+    """SVG: a row per model, the parametrisations side by side."""
     from matplotlib.figure import Figure
 
     from scaling.style import COLOURS, log_x, render, styled
@@ -141,7 +139,7 @@ def main(runs: Annotated[Path, tyro.conf.Positional], *, out: Path, name: Name =
         return 2
     found = curves(table.rows)
     out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.svg").write_text(draw(found, "depth" if name == "lr_depth" else "width"), encoding="utf-8")
+    (out / f"{name}.svg").write_text(draw(found, _SIZES[name]), encoding="utf-8")
     rows = [
         {"model": model, "by": by, "size": size, "learning_rate": rate, METRIC: value}
         for (model, by), sizes in found.items()

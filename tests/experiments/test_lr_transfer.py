@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from experiments import lr_batch
 from experiments.lr_figure import best_of, curves, draw, drift, lines
 from experiments.lr_transfer import STUDY
 
@@ -51,3 +52,10 @@ def test_the_study_differs_in_width_parametrisation_and_rate_alone() -> None:
         assert {trial.train.steps for trial in own} == {100}
         assert all(trial.train.embedding_learning_rate == 2 * trial.train.learning_rate for trial in own)
         assert not any(trial.train.report_test for trial in own)
+
+
+def test_batches_see_equal_rows() -> None:
+    trials = [one.trial for one in lr_batch.STUDY.trials("data", "small")]
+    assert len({trial.hash for trial in trials}) == len(trials) == 3 * 4 * 7
+    assert {trial.train.batch_rows for trial in trials} == {8, 16, 32, 64}
+    assert {trial.train.batch_rows * trial.train.steps for trial in trials} == {lr_batch.ROWS}
