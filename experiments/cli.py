@@ -114,6 +114,7 @@ def sweep(
     pack: int = 1,
     mesh: str | None = None,
     remat: bool = False,
+    ladder: str | None = None,
     set: Many[tuple[str, ...]] = (),
     out: Annotated[str | None, PLACE] = None,
     dry_run: bool = False,
@@ -135,6 +136,8 @@ def sweep(
         pack: Trials that a process trains together, where they differ in seed, learning rates and the like alone.
         mesh: Devices of an attempt's process that share each trial, as of genrec train.
         remat: As of genrec train.
+        ladder: Rules by which sizes train, instead of those tuned on MovieLens-1M: a ladder of experiments/ladders by
+            name, or a TOML file of one.
         set: dotted.key=value of every trial's configuration; repeat for several.
         out: Folder of the study, or a URL of one in a store (default: runs/NAME-DATASET-BUDGET).
         dry_run: Print every trial with its FLOPs, memory and expected time, and run nothing.
@@ -143,7 +146,7 @@ def sweep(
         quiet: Plain lines instead of a live table.
     """
     from experiments.executors import ExecutorConfig, Training
-    from experiments.run import Instead, run_named
+    from experiments.run import Instead, Rules, run_named
     from experiments.trial import parse_settings
     from genrec_jax.train.places import place
 
@@ -151,10 +154,8 @@ def sweep(
     where = ExecutorConfig(executor, workers, address, cpus, gpus, slurm)
     how = Training(pack, mesh, remat)
     instead: Instead | None = "dry_run" if dry_run else "forecast" if forecast else None
-    settings = parse_settings(set)
-    sys.exit(
-        run_named(name, data, budget, where=where, how=how, settings=settings, out=target, instead=instead, quiet=quiet)
-    )
+    rules = Rules(ladder, parse_settings(set))
+    sys.exit(run_named(name, data, budget, where=where, how=how, rules=rules, out=target, instead=instead, quiet=quiet))
 
 
 def recipe(

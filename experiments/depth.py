@@ -12,32 +12,36 @@ Expect HSTU to gain from the second block and little after it at this budget, an
 
 import sys
 
-from experiments.ladders import LADDER, heads
-from experiments.study import Study
+from experiments.ladders import Ladder, heads
+from experiments.study import Study, on_ladder
 from experiments.sweep import Sweep, model, param
 
 
-def _sweep(depths: list[int], hstu: int, dlrm: int, seeds: list[int]) -> Sweep:
+def _sweep(ladder: Ladder, depths: list[int], hstu: int, dlrm: int, seeds: list[int]) -> Sweep:
     sizes = {"model.width": hstu, "model.heads": heads(hstu)}
-    blocks = model("hstu", **{**sizes, **LADDER.training("hstu", hstu)})
-    layers = model("dlrm", **{"model.width": dlrm, "model.embedding": 24, **LADDER.training("dlrm", dlrm)})
+    blocks = model("hstu", **{**sizes, **ladder.training("hstu", hstu)})
+    layers = model("dlrm", **{"model.width": dlrm, "model.embedding": 24, **ladder.training("dlrm", dlrm)})
     return (blocks + layers) * param("model.depth", depths, axis=True) * param("seed", seeds)
 
 
-STUDY = Study(
-    name="depth",
-    title="Depth",
-    doc=(__doc__ or "").strip(),
-    points={
-        "small": _sweep([1, 2, 4, 8], 48, 192, [0]),
-        "medium": _sweep([1, 2, 4, 8, 16], 128, 512, [0, 1]),
-        "large": _sweep([2, 4, 8, 16, 32], 512, 2048, [0, 1]),
-    },
-    metric="ne",
-    axis="depth",
-    base=LADDER.base,
-    recipe=LADDER.mark,
-)
+def _study(ladder: Ladder) -> Study:
+    return Study(
+        name="depth",
+        title="Depth",
+        doc=(__doc__ or "").strip(),
+        points={
+            "small": _sweep(ladder, [1, 2, 4, 8], 48, 192, [0]),
+            "medium": _sweep(ladder, [1, 2, 4, 8, 16], 128, 512, [0, 1]),
+            "large": _sweep(ladder, [2, 4, 8, 16, 32], 512, 2048, [0, 1]),
+        },
+        metric="ne",
+        axis="depth",
+        base=ladder.base,
+        recipe=ladder.mark,
+    )
+
+
+STUDY = on_ladder(_study)
 
 if __name__ == "__main__":
     from experiments.cli import main

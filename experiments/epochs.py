@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments.ladders import LADDER
+from experiments.ladders import Ladder
 from experiments.paired import plus_minus, users_of
-from experiments.study import Study
+from experiments.study import Study, on_ladder
 from experiments.sweep import Sweep, param
 from genrec_jax.noise import difference
 from genrec_jax.train.places import Place
@@ -29,11 +29,11 @@ from genrec_jax.train.places import Place
 EPOCHS = [0.5, 1.0, 2.0, 4.0]
 
 
-def _passes(rung: int, seeds: list[int]) -> Sweep:
+def _passes(ladder: Ladder, rung: int, seeds: list[int]) -> Sweep:
     """Every family at one rung, for each number of passes."""
     sweep = Sweep(())
-    for family in LADDER.sizes:
-        (point,) = LADDER.rungs(family, rung, rung)
+    for family in ladder.sizes:
+        (point,) = ladder.rungs(family, rung, rung)
         for epochs in EPOCHS:
             values = {**point.values, "train.epochs": epochs}
             label = f"{point.label} epochs={epochs:g}"
@@ -67,16 +67,20 @@ def _said(out: Place, by_epochs: Mapping[float, Sequence[Mapping[str, Any]]]) ->
     return f"{said}, whose test NE is {apart} from that of one pass"
 
 
-STUDY = Study(
-    name="epochs",
-    title="One pass over the data against several",
-    doc=(__doc__ or "").strip(),
-    points={"small": _passes(3, [0]), "medium": _passes(6, [0, 1])},
-    metric="ne",
-    axis="epochs",
-    base=LADDER.base,
-    conclude=verdict,
-)
+def _study(ladder: Ladder) -> Study:
+    return Study(
+        name="epochs",
+        title="One pass over the data against several",
+        doc=(__doc__ or "").strip(),
+        points={"small": _passes(ladder, 3, [0]), "medium": _passes(ladder, 6, [0, 1])},
+        metric="ne",
+        axis="epochs",
+        base=ladder.base,
+        conclude=verdict,
+    )
+
+
+STUDY = on_ladder(_study)
 
 if __name__ == "__main__":
     from experiments.cli import main

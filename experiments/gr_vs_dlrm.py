@@ -17,33 +17,37 @@ yet to learn, and almost flat from there on; the sequence models go on gaining a
 
 import sys
 
-from experiments.ladders import LADDER
-from experiments.study import Study
+from experiments.ladders import Ladder
+from experiments.study import Study, on_ladder
 from experiments.sweep import Sweep, param
 
 
-def _ladder(first: int, last: int, seeds: list[int]) -> Sweep:
+def _ladder(ladder: Ladder, first: int, last: int, seeds: list[int]) -> Sweep:
     """Every family from rung ``first`` to ``last``, with each seed."""
     sweep = Sweep(())
-    for family in LADDER.sizes:
-        sweep += LADDER.rungs(family, first, last)
+    for family in ladder.sizes:
+        sweep += ladder.rungs(family, first, last)
     return sweep * param("seed", seeds)
 
 
-STUDY = Study(
-    name="gr_vs_dlrm",
-    title="Generative recommenders against DLRM",
-    doc=(__doc__ or "").strip(),
-    points={
-        "small": _ladder(0, 6, [0, 1]),
-        "medium": _ladder(0, 6, [0, 1]) + _ladder(7, 7, [0]),
-        "large": _ladder(0, 8, [0, 1]) + _ladder(9, 10, [0]),
-    },
-    metric="ne",
-    axis="train_flops",
-    base=LADDER.base,
-    recipe=LADDER.mark,
-)
+def _study(ladder: Ladder) -> Study:
+    return Study(
+        name="gr_vs_dlrm",
+        title="Generative recommenders against DLRM",
+        doc=(__doc__ or "").strip(),
+        points={
+            "small": _ladder(ladder, 0, 6, [0, 1]),
+            "medium": _ladder(ladder, 0, 6, [0, 1]) + _ladder(ladder, 7, 7, [0]),
+            "large": _ladder(ladder, 0, 8, [0, 1]) + _ladder(ladder, 9, 10, [0]),
+        },
+        metric="ne",
+        axis="train_flops",
+        base=ladder.base,
+        recipe=ladder.mark,
+    )
+
+
+STUDY = on_ladder(_study)
 
 if __name__ == "__main__":
     from experiments.cli import main

@@ -13,37 +13,46 @@ Expect both to gain to 64 events on MovieLens-1M, and DLRM beyond; on the synthe
 
 import sys
 
-from experiments.ladders import LADDER, heads
-from experiments.study import Study
+from experiments.ladders import Ladder, heads
+from experiments.study import Study, on_ladder
 from experiments.sweep import Sweep, model, param
 
 
 def _sweep(
-    lengths: list[int], hstu: tuple[int, int], dlrm: tuple[int, int], pooling: list[str], seeds: list[int]
+    ladder: Ladder,
+    lengths: list[int],
+    hstu: tuple[int, int],
+    dlrm: tuple[int, int],
+    pooling: list[str],
+    seeds: list[int],
 ) -> Sweep:
     width, depth = hstu
     sizes = {"model.width": width, "model.depth": depth, "model.heads": heads(width)}
-    blocks = model("hstu", **{**sizes, **LADDER.training("hstu", width)})
+    blocks = model("hstu", **{**sizes, **ladder.training("hstu", width)})
     sizes = {"model.width": dlrm[0], "model.depth": dlrm[1], "model.embedding": 24}
     for name in pooling:
-        blocks += model(name, **{**sizes, **LADDER.training(name, dlrm[0])})
+        blocks += model(name, **{**sizes, **ladder.training(name, dlrm[0])})
     return blocks * param("data.history", lengths, axis=True) * param("seed", seeds)
 
 
-STUDY = Study(
-    name="history",
-    title="History length",
-    doc=(__doc__ or "").strip(),
-    points={
-        "small": _sweep([8, 16, 32, 64, 128], (48, 2), (128, 2), ["dlrm"], [0]),
-        "medium": _sweep([16, 32, 64, 128, 256, 512], (128, 4), (512, 3), ["dlrm", "din"], [0, 1]),
-        "large": _sweep([64, 256, 1024, 4096], (512, 10), (2048, 4), ["dlrm", "din"], [0, 1]),
-    },
-    metric="ne",
-    axis="history",
-    base={key: value for key, value in LADDER.base.items() if key != "data.history"},
-    recipe=LADDER.mark,
-)
+def _study(ladder: Ladder) -> Study:
+    return Study(
+        name="history",
+        title="History length",
+        doc=(__doc__ or "").strip(),
+        points={
+            "small": _sweep(ladder, [8, 16, 32, 64, 128], (48, 2), (128, 2), ["dlrm"], [0]),
+            "medium": _sweep(ladder, [16, 32, 64, 128, 256, 512], (128, 4), (512, 3), ["dlrm", "din"], [0, 1]),
+            "large": _sweep(ladder, [64, 256, 1024, 4096], (512, 10), (2048, 4), ["dlrm", "din"], [0, 1]),
+        },
+        metric="ne",
+        axis="history",
+        base={key: value for key, value in ladder.base.items() if key != "data.history"},
+        recipe=ladder.mark,
+    )
+
+
+STUDY = on_ladder(_study)
 
 if __name__ == "__main__":
     from experiments.cli import main

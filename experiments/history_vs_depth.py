@@ -21,22 +21,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import scaling
-from experiments.ladders import LADDER, heads
-from experiments.study import Study
+from experiments.ladders import Ladder, heads
+from experiments.study import Study, on_ladder
 from experiments.sweep import Point, Sweep, model, param, zipped
 from genrec_jax.train.mirror import brought
 from genrec_jax.train.places import Place
 
+_SHARES = [0.25, 0.5, 1.0]
 
-def _sweep(width: int, depths: list[int], lengths: list[int], shares: list[float], seeds: list[int]) -> Sweep:
+
+def _sweep(ladder: Ladder, width: int, depths: list[int], lengths: list[int], seeds: list[int]) -> Sweep:
     """A step has about as many targets whatever the history, as many as the recipe's at 64 events."""
-    recipe = LADDER.training("hstu", width)
-    candidates = LADDER.base["data.candidates"]
-    targets = recipe.pop("train.batch_rows") * (LADDER.base["data.history"] + candidates)
+    recipe = ladder.training("hstu", width)
+    candidates = ladder.base["data.candidates"]
+    targets = recipe.pop("train.batch_rows") * (ladder.base["data.history"] + candidates)
     rows = [max(1, round(targets / (length + candidates))) for length in lengths]
     views = zipped(param("data.history", lengths), Sweep(tuple(Point(values={"train.batch_rows": n}) for n in rows)))
     hstu = model("hstu", **{"model.width": width, "model.heads": heads(width), **recipe})
-    return hstu * param("model.depth", depths) * views * param("data.fraction", shares) * param("seed", seeds)
+    return hstu * param("model.depth", depths) * views * param("data.fraction", _SHARES) * param("seed", seeds)
 
 
 def spent_best(out: Place, rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -66,21 +68,25 @@ def _advised(advice: scaling.Advice) -> str:
     return f"{', '.join(parts)}; expected NE {expected}"
 
 
-STUDY = Study(
-    name="history_vs_depth",
-    title="History against depth",
-    doc=(__doc__ or "").strip(),
-    points={
-        "small": _sweep(48, [1, 2, 4, 8], [16, 32, 64, 128, 256], [0.25, 0.5, 1.0], [0]),
-        "medium": _sweep(96, [2, 4, 8, 16], [32, 64, 128, 256, 512], [0.25, 0.5, 1.0], [0, 1]),
-        "large": _sweep(512, [4, 8, 16, 32], [128, 512, 2048, 4096], [0.25, 0.5, 1.0], [0, 1]),
-    },
-    metric="ne",
-    axis="train_flops",
-    base={key: value for key, value in LADDER.base.items() if key != "data.history"},
-    recipe=LADDER.mark,
-    conclude=spent_best,
-)
+def _study(ladder: Ladder) -> Study:
+    return Study(
+        name="history_vs_depth",
+        title="History against depth",
+        doc=(__doc__ or "").strip(),
+        points={
+            "small": _sweep(ladder, 48, [1, 2, 4, 8], [16, 32, 64, 128, 256], [0]),
+            "medium": _sweep(ladder, 96, [2, 4, 8, 16], [32, 64, 128, 256, 512], [0, 1]),
+            "large": _sweep(ladder, 512, [4, 8, 16, 32], [128, 512, 2048, 4096], [0, 1]),
+        },
+        metric="ne",
+        axis="train_flops",
+        base={key: value for key, value in ladder.base.items() if key != "data.history"},
+        recipe=ladder.mark,
+        conclude=spent_best,
+    )
+
+
+STUDY = on_ladder(_study)
 
 if __name__ == "__main__":
     from experiments.cli import main

@@ -10,22 +10,26 @@ Expect DLRM ahead throughout, and nobody near the Bayes NE: that takes more data
 
 import sys
 
-from experiments.ladders import LADDER
-from experiments.study import Study
+from experiments.ladders import Ladder
+from experiments.study import Study, on_ladder
 from experiments.sweep import param
 
-_FAMILIES = LADDER.rungs("hstu", 0, 5) + LADDER.rungs("dirl", 0, 5) + LADDER.rungs("dlrm", 0, 5)
 
-STUDY = Study(
-    name="quickstart",
-    title="Quickstart: generative recommenders against DLRM on a synthetic world",
-    doc=(__doc__ or "").strip(),
-    points={"small": _FAMILIES * param("seed", [0])},
-    metric="ne",
-    axis="train_flops",
-    base=LADDER.base,
-    recipe=LADDER.mark,
-)
+def _study(ladder: Ladder) -> Study:
+    families = ladder.rungs("hstu", 0, 5) + ladder.rungs("dirl", 0, 5) + ladder.rungs("dlrm", 0, 5)
+    return Study(
+        name="quickstart",
+        title="Quickstart: generative recommenders against DLRM on a synthetic world",
+        doc=(__doc__ or "").strip(),
+        points={"small": families * param("seed", [0])},
+        metric="ne",
+        axis="train_flops",
+        base=ladder.base,
+        recipe=ladder.mark,
+    )
+
+
+STUDY = on_ladder(_study)
 
 if __name__ == "__main__":
     from experiments.cli import main

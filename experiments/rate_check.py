@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments.ladders import LADDER
+from experiments.ladders import Ladder
 from experiments.paired import plus_minus, users_of
-from experiments.study import Study
+from experiments.study import Study, on_ladder
 from experiments.sweep import Sweep, param
 from genrec_jax.noise import difference
 from genrec_jax.train.places import Place
@@ -30,12 +30,12 @@ FACTORS = [0.25, 0.5, 1.0, 2.0, 4.0]
 _RATES = ("train.learning_rate", "train.embedding_learning_rate")
 
 
-def _ends(*chosen: int) -> Sweep:
+def _ends(ladder: Ladder, *chosen: int) -> Sweep:
     """Every family at the chosen rungs, with each factor."""
     sweep = Sweep(())
-    for family in LADDER.sizes:
+    for family in ladder.sizes:
         for rung in chosen:
-            (point,) = LADDER.rungs(family, rung, rung)
+            (point,) = ladder.rungs(family, rung, rung)
             for factor in FACTORS:
                 values = {**point.values, **{key: factor * point.values[key] for key in _RATES}}
                 label = f"{point.label} rate x{factor:g}"
@@ -73,16 +73,20 @@ def _judged(out: Place, by_factor: Mapping[float, Mapping[str, Any]], best: floa
     return f"{found}, {steps} step{'s' * (steps > 1)} away; the recipe's is {cost} from it"
 
 
-STUDY = Study(
-    name="rate_check",
-    title="Learning rates at the ladder's ends",
-    doc=(__doc__ or "").strip(),
-    points={"small": _ends(0, 4), "medium": _ends(2, 6)},
-    metric="validation/ne",
-    axis="learning_rate_factor",
-    base={**LADDER.base, "train.report_test": False},
-    conclude=verdict,
-)
+def _study(ladder: Ladder) -> Study:
+    return Study(
+        name="rate_check",
+        title="Learning rates at the ladder's ends",
+        doc=(__doc__ or "").strip(),
+        points={"small": _ends(ladder, 0, 4), "medium": _ends(ladder, 2, 6)},
+        metric="validation/ne",
+        axis="learning_rate_factor",
+        base={**ladder.base, "train.report_test": False},
+        conclude=verdict,
+    )
+
+
+STUDY = on_ladder(_study)
 
 if __name__ == "__main__":
     from experiments.cli import main

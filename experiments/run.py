@@ -1,6 +1,7 @@
 """``genrec sweep`` and ``genrec report``: a study by name, from its declaration to its page."""
 
 import contextlib
+import dataclasses
 import importlib
 import pkgutil
 from collections.abc import Mapping, Sequence
@@ -10,11 +11,25 @@ from typing import Any, Literal
 import experiments
 from experiments.executors import ExecutorConfig, Training, make_executor
 from experiments.folder import read_record
+from experiments.ladders import read
 from experiments.study import Budget, Study
 from genrec_jax.errors import UserError
 from genrec_jax.train.places import Place
 
 Instead = Literal["dry_run", "forecast"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What a study trains by instead of its own: another ladder (a name or a file), settings (dotted keys) for all its
+    trials."""
+
+    ladder: str | None = None
+    settings: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def of(self, study: Study) -> Study:
+        """The study by these rules. Raises UserError for a ladder that is none, and as :class:`Study` does."""
+        return (study if self.ladder is None else study.on(read(self.ladder))).with_settings(self.settings)
 
 
 def studies() -> dict[str, Study]:
@@ -34,15 +49,14 @@ def run_named(
     *,
     where: ExecutorConfig,
     how: Training,
-    settings: Mapping[str, str],
+    rules: Rules,
     out: Place | None,
     instead: Instead | None,
     quiet: bool,
 ) -> int:
     """Runs a study and writes its table and report; returns the exit code (1 if a trial failed for good).
 
-    ``settings`` (dotted keys) hold for all its trials. ``instead`` of running it: print what it will cost, or record
-    what its laws expect of the trials to come.
+    ``instead`` of running it: print what it will cost, or record what its laws expect of the trials to come.
     """
     from experiments.dry_run import print_plan, with_cost
     from experiments.forecast import write_forecasts
@@ -57,7 +71,7 @@ def run_named(
     known = studies()
     if name not in known:
         raise UserError(f"unknown study {name!r}; there is: {', '.join(sorted(known))}")
-    study = known[name].with_settings(settings)
+    study = rules.of(known[name])
     executor = None if instead else make_executor(where)
     folder = load_any(data, quiet=quiet)
     planned = study.trials(str(folder), budget, digest_of(folder))

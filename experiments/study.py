@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
+from experiments.ladders import LADDER, Ladder
 from experiments.sweep import Point, Sweep
 from genrec_jax.config import Trial, default_trial, override
 from genrec_jax.errors import UserError
@@ -44,7 +45,7 @@ class Study:
     doc: the question and the expected answer. points: the sweep of each budget. metric: the column of the results table
     that answers it. axis: the x column. base: keys that every point shares. conclude: (folder of the study, its rows of
     the results table) -> what they say, in paragraphs. recipe: ``name@hash`` of the ladder whose
-    rules its trials follow.
+    rules its trials follow. by_ladder: the same study by another ladder; see :func:`on_ladder`.
     """
 
     name: str
@@ -56,6 +57,13 @@ class Study:
     base: Mapping[str, Any] = field(default_factory=dict)
     conclude: Conclusion | None = None
     recipe: str = ""
+    by_ladder: Callable[[Ladder], "Study"] | None = None
+
+    def on(self, ladder: Ladder) -> "Study":
+        """The study by another ladder. Raises UserError for a study that follows none."""
+        if self.by_ladder is None:
+            raise UserError(f"study {self.name!r} follows no ladder, so --ladder has no place there")
+        return self.by_ladder(ladder)
 
     def with_settings(self, settings: Mapping[str, str]) -> "Study":
         """The study with ``settings`` (dotted keys) for all its points; its recipe's name says so.
@@ -98,3 +106,8 @@ class Study:
         trial = override(default_trial(point.model), {**shared, **point.values})
         family = point.family or point.model
         return PlannedTrial(trial, self.name, family, point.label, self.axis, point.axis_value, recipe=self.recipe)
+
+
+def on_ladder(build: Callable[[Ladder], Study]) -> Study:
+    """The study that ``build`` makes of the default ladder; by :meth:`Study.on` of another."""
+    return replace(build(LADDER), by_ladder=build)

@@ -15,8 +15,8 @@ size.
 import sys
 from dataclasses import replace
 
-from experiments.ladders import LADDER
-from experiments.study import Study
+from experiments.ladders import Ladder
+from experiments.study import Study, on_ladder
 from experiments.sweep import Sweep, param
 
 # At width 32 and below; here all fall with the square root of the width. The outer two show that the rest bracket.
@@ -24,32 +24,36 @@ LEARNING_RATES = [1e-3, 3e-3, 9e-3, 2.7e-2, 8.1e-2]
 _MIDDLE = LEARNING_RATES[1:-1]
 
 
-def _grid(chosen: list[int], rates: list[float], dropouts: list[float]) -> Sweep:
+def _grid(ladder: Ladder, chosen: list[int], rates: list[float], dropouts: list[float]) -> Sweep:
     sweep = Sweep(())
-    for family in LADDER.sizes:
+    for family in ladder.sizes:
         for rate in rates:
             for dropout in dropouts:
-                recipe = replace(LADDER.recipes[family], learning_rate=rate, power=0.5, dropout=dropout)
+                recipe = replace(ladder.recipes[family], learning_rate=rate, power=0.5, dropout=dropout)
                 for rung in chosen:
-                    (point,) = LADDER.rungs(family, rung, rung, recipe)
+                    (point,) = ladder.rungs(family, rung, rung, recipe)
                     label = f"{point.label} rate={rate:g} dropout={dropout:g}"
                     sweep += Sweep((replace(point, label=label, axis_value=rate),))
     return sweep * param("seed", [0])
 
 
-STUDY = Study(
-    name="tuning",
-    title="Learning rate and dropout by family",
-    doc=(__doc__ or "").strip(),
-    points={
-        "small": _grid([2, 4], LEARNING_RATES, [0.0, 0.1])
-        + _grid([5], _MIDDLE, [0.0, 0.1])
-        + _grid([6], _MIDDLE, [0.0])
-    },
-    metric="validation/ne",
-    axis="learning_rate",
-    base={**LADDER.base, "train.report_test": False},
-)
+def _study(ladder: Ladder) -> Study:
+    return Study(
+        name="tuning",
+        title="Learning rate and dropout by family",
+        doc=(__doc__ or "").strip(),
+        points={
+            "small": _grid(ladder, [2, 4], LEARNING_RATES, [0.0, 0.1])
+            + _grid(ladder, [5], _MIDDLE, [0.0, 0.1])
+            + _grid(ladder, [6], _MIDDLE, [0.0])
+        },
+        metric="validation/ne",
+        axis="learning_rate",
+        base={**ladder.base, "train.report_test": False},
+    )
+
+
+STUDY = on_ladder(_study)
 
 if __name__ == "__main__":
     from experiments.cli import main

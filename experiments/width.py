@@ -14,15 +14,15 @@ Expect HSTU to gain with diminishing returns, and DLRM little.
 
 import sys
 
-from experiments.ladders import LADDER, heads
-from experiments.study import Study
+from experiments.ladders import Ladder, heads
+from experiments.study import Study, on_ladder
 from experiments.sweep import Sweep, model, param, zipped
 
 
-def _sweep(widths: list[int], seeds: list[int]) -> Sweep:
+def _sweep(ladder: Ladder, widths: list[int], seeds: list[int]) -> Sweep:
     def axis(family: str, scale: int) -> Sweep:
         swept = param("model.width", [scale * width for width in widths], axis=True)
-        rules = [LADDER.training(family, scale * width) for width in widths]
+        rules = [ladder.training(family, scale * width) for width in widths]
         return zipped(swept, *(param(key, [rule[key] for rule in rules]) for key in rules[0]))
 
     number = param("model.heads", [heads(width) for width in widths])
@@ -31,20 +31,24 @@ def _sweep(widths: list[int], seeds: list[int]) -> Sweep:
     return (blocks + layers) * param("seed", seeds)
 
 
-STUDY = Study(
-    name="width",
-    title="Width",
-    doc=(__doc__ or "").strip(),
-    points={
-        "small": _sweep([16, 32, 64, 128], [0]),
-        "medium": _sweep([32, 64, 128, 256, 512], [0, 1]),
-        "large": _sweep([128, 256, 512, 1024], [0, 1]),
-    },
-    metric="ne",
-    axis="width",
-    base=LADDER.base,
-    recipe=LADDER.mark,
-)
+def _study(ladder: Ladder) -> Study:
+    return Study(
+        name="width",
+        title="Width",
+        doc=(__doc__ or "").strip(),
+        points={
+            "small": _sweep(ladder, [16, 32, 64, 128], [0]),
+            "medium": _sweep(ladder, [32, 64, 128, 256, 512], [0, 1]),
+            "large": _sweep(ladder, [128, 256, 512, 1024], [0, 1]),
+        },
+        metric="ne",
+        axis="width",
+        base=ladder.base,
+        recipe=ladder.mark,
+    )
+
+
+STUDY = on_ladder(_study)
 
 if __name__ == "__main__":
     from experiments.cli import main

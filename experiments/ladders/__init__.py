@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.sweep import Sweep, ladder, model
+from genrec_jax.errors import UserError
 from genrec_jax.models import registry
 from genrec_jax.models.sequence import SequenceConfig
 
@@ -62,11 +63,18 @@ class Ladder:
     sizes: Mapping[str, list[dict[str, Any]]]
 
     def training(self, family: str, width: int) -> dict[str, Any]:
-        """The keys that the family's recipe sets at a width."""
+        """The keys that the family's recipe sets at a width. Raises UserError for a family without one."""
+        if family not in self.recipes:
+            raise UserError(f"ladder {self.name!r} has no recipe for {family}")
         return self.recipes[family].training(width)
 
     def rungs(self, family: str, first: int, last: int, recipe: Recipe | None = None) -> Sweep:
-        """Rungs s``first`` to s``last`` of a family, both included, trained by its recipe or by another."""
+        """Rungs s``first`` to s``last`` of a family, both included, trained by its recipe or by another.
+
+        Raises UserError if the ladder has no such rungs.
+        """
+        if last >= len(self.sizes.get(family, [])):
+            raise UserError(f"ladder {self.name!r} has no rung s{last} of {family}")
         found = recipe or self.recipes[family]
         sizes = {f"s{k}": self.sizes[family][k] for k in range(first, last + 1)}
         chosen = {name: {**values, **found.training(values["model.width"])} for name, values in sizes.items()}
@@ -89,20 +97,60 @@ def heads(width: int) -> int:
     return next(n for n in range(max(1, round(width / 64)), 0, -1) if width % n == 0)
 
 
+def names() -> list[str]:
+    """The ladders that are kept here."""
+    return sorted(path.stem for path in _FOLDER.glob("*.toml"))
+
+
 @functools.cache
 def read(name: str) -> Ladder:
-    """The ladder of a name. One that ``extends`` another has its rungs, and the recipes that are not its own."""
-    record = tomllib.loads((_FOLDER / f"{name}.toml").read_text(encoding="utf-8"))
-    title = record.pop("title")
-    if "extends" in record:
-        other = read(record.pop("extends"))
-        own = {family: Recipe(**recipe) for family, recipe in record.items()}
-        return dataclasses.replace(other, name=name, title=title, recipes={**other.recipes, **own})
-    base = {f"{part}.{key}": value for part in ("data", "train") for key, value in record.pop(part).items()}
+    """The ladder of a name, or of a TOML file (``name`` ends in .toml). One that ``extends`` another has its rungs, and
+    the recipes that are not its own.
+
+    Raises UserError naming the file and the key for an unknown ladder and for a bad file.
+    """
+    path = Path(name) if name.endswith(".toml") else _FOLDER / f"{name}.toml"
+    if not path.is_file():
+        raise UserError(f"there is no ladder {name!r}; give one of {', '.join(names())}, or a file that ends in .toml")
+    try:
+        record = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not valid TOML: {error}") from None
+    title, parent = record.pop("title", path.stem), record.pop("extends", None)
+    shared = {part: record.pop(part, None) for part in ("data", "train")}
+    if any(isinstance(keys, dict) != (parent is None) for keys in shared.values()):
+        raise UserError(f"{path}: a ladder has either sections [data] and [train] or a key extends")
     sizes = {
-        family: [_sizes(family, rung) for rung in own.pop("rungs")] for family, own in record.items() if "rungs" in own
+        family: [_sizes(family, rung) for rung in own.pop("rungs")]
+        for family, own in record.items()
+        if _section(path, family, own) and "rungs" in own
     }
-    return Ladder(name, title, base, {family: Recipe(**own) for family, own in record.items()}, sizes)
+    recipes = {family: _recipe(path, family, own) for family, own in record.items()}
+    if parent is not None:
+        other = read(parent)
+        return Ladder(path.stem, title, other.base, {**other.recipes, **recipes}, {**other.sizes, **sizes})
+    base = {f"{part}.{key}": value for part, keys in shared.items() for key, value in keys.items()}
+    return Ladder(path.stem, title, base, recipes, sizes)
+
+
+def _section(path: Path, family: str, own: Any) -> bool:
+    """Refuses what is no section of a family's."""
+    if family not in registry.names() or not isinstance(own, dict):
+        raise UserError(f"{path}: {family!r} is neither a key of a ladder nor a model ({', '.join(registry.names())})")
+    rungs = own.get("rungs", [])
+    if not isinstance(rungs, list) or not all(isinstance(r, dict) and {"width", "depth"} <= r.keys() for r in rungs):
+        raise UserError(f"{path}: [{family}] rungs must be a list of tables with a width and a depth")
+    return True
+
+
+def _recipe(path: Path, family: str, own: Mapping[str, Any]) -> Recipe:
+    fields = {field.name: field for field in dataclasses.fields(Recipe)}
+    for key in own.keys() - fields.keys():
+        raise UserError(f"{path}: [{family}] has an unknown key {key!r}; there is: {', '.join(fields)}, rungs")
+    for key, field in fields.items():
+        if field.default is dataclasses.MISSING and not isinstance(own.get(key), int | float):
+            raise UserError(f"{path}: [{family}] must have a number {key!r}")
+    return Recipe(**own)
 
 
 def _sizes(family: str, rung: Mapping[str, Any]) -> dict[str, Any]:

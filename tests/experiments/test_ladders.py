@@ -1,11 +1,14 @@
 """The frozen recipes: rates by hand, and every rung a trial that trains."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
+from experiments import lr_depth, rate_check
 from experiments.ladders import LADDER, Ladder, Recipe, heads, read
 from genrec_jax.config import TrainConfig, default_trial, override
+from genrec_jax.errors import UserError
 
 
 def test_learning_rate_falls_with_the_width_from_32_on() -> None:
@@ -76,6 +79,51 @@ def test_the_mark_is_of_everything_that_is_set() -> None:
         dataclasses.replace(LADDER, sizes={**LADDER.sizes, "hstu": LADDER.sizes["hstu"][1:]}),
     ]
     assert len({LADDER.mark, *(one.mark for one in changed)}) == 4
+
+
+def test_a_file_of_ones_own_is_a_ladder_too(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(
+        'extends = "tuned"\n[hstu]\nlearning_rate = 0.005\npower = 1.0\ndropout = 0.1\nbatch_rows = 8\n'
+        "rungs = [{ width = 64, depth = 3, epochs = 2.0 }]\n",
+        encoding="utf-8",
+    )
+    mine = read(str(file))
+    assert (mine.name, mine.base, mine.sizes["dlrm"]) == ("mine", LADDER.base, LADDER.sizes["dlrm"])
+    (point,) = mine.rungs("hstu", 0, 0)
+    assert point.values["train.learning_rate"] == 0.0025
+    assert (point.values["model.width"], point.values["train.epochs"]) == (64, 2.0)
+    assert mine.mark.startswith("mine@")
+    assert mine.mark.partition("@")[2] != LADDER.mark.partition("@")[2]
+
+    by_mine = rate_check.STUDY.on(read("mup"))
+    rates = {one.trial.train.learning_rate for one in by_mine.trials("data", "small") if one.family == "hstu"}
+    assert rates == {0.02 * factor for factor in rate_check.FACTORS}
+    with pytest.raises(UserError, match="ladder 'mine' has no rung s4 of hstu"):
+        rate_check.STUDY.on(mine)
+    with pytest.raises(UserError, match="study 'lr_depth' follows no ladder"):
+        lr_depth.STUDY.on(mine)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[hstu", "is not valid TOML"),
+        ("[data]\nhistory = 8", "either sections"),
+        ('extends = "tuned"\n[train]\nwarmup = 0.1', "either sections"),
+        ('extends = "tuned"\nwidth = 3', "'width' is neither a key of a ladder nor a model"),
+        ('extends = "tuned"\n[hsut]\npower = 1', "'hsut' is neither a key of a ladder nor a model"),
+        ('extends = "tuned"\n[hstu]\npower = 1.0', r"\[hstu\] must have a number 'learning_rate'"),
+        ('extends = "tuned"\n[hstu]\nrate = 1.0', r"\[hstu\] has an unknown key 'rate'"),
+        ('extends = "tuned"\n[hstu]\nrungs = [{ width = 8 }]', "a list of tables with a width and a depth"),
+        ('extends = "tunde"', "there is no ladder 'tunde'; give one of mup, tuned"),
+    ],
+)
+def test_a_bad_file_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        read(str(file))
 
 
 @pytest.mark.parametrize("width", [16, 24, 48, 64, 96, 160, 256, 320, 1280])
