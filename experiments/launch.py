@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -104,8 +104,7 @@ class _Launch:
         todo = [job for job in self._jobs if read_result(job.folder) is None]
         self._todo = todo
         self._earlier = len(self._jobs) - len(todo)
-        # Longest first: a long one started last would leave the other workers idle.
-        self._queue = deque(sorted(_packs(todo, how.pack), key=lambda jobs: -sum(job.cost for job in jobs)))
+        self._queue = deque(_in_order(_packs(todo, how.pack)))
         self._running: dict[str, list[_Job]] = {}  # by the key of the attempt
         self._signal = 0
         weight = sum(job.cost for job in todo)
@@ -293,6 +292,18 @@ def _packs(jobs: list[_Job], size: int) -> list[list[_Job]]:
     for job in jobs:
         alike.setdefault(pack_key(job.planned.trial), []).append(job)
     return [own[start : start + size] for own in alike.values() for start in range(0, len(own), size)]
+
+
+def _in_order(packs: list[list[_Job]]) -> list[list[_Job]]:
+    """Longest first, because a long one started last would leave the other workers idle; but a first seed of all before
+    the second of any, which then finds compiled what would have been compiled twice at once."""
+    seen: dict[str, int] = {}
+    ordered = []
+    for jobs in sorted(packs, key=lambda jobs: -sum(job.cost for job in jobs)):
+        program = replace(jobs[0].planned.trial, seed=0).hash
+        seen[program] = seen.get(program, 0) + 1
+        ordered.append((seen[program], jobs))
+    return [jobs for _, jobs in sorted(ordered, key=lambda one: one[0])]
 
 
 def _withdraw(studies: set[str], planned: set[str], out: Place) -> None:

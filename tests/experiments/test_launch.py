@@ -92,6 +92,19 @@ def test_longest_trial_starts_first(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert started == [f"start {one.name}" for one in reversed(planned)]
 
 
+def test_a_first_seed_of_all_goes_before_the_second_of_any(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """So that a program is compiled once and not by two workers at a time."""
+    planned = [
+        dataclasses.replace(one, cost=float(cost), trial=dataclasses.replace(one.trial, seed=seed))
+        for cost, one in enumerate(plan(2))
+        for seed in (0, 1)
+    ]
+    launch(planned, tmp_path)
+    started = [line for line in capsys.readouterr().out.splitlines() if line.startswith("start")]
+    small, other_small, large, other_large = [f"start {one.name}" for one in planned]
+    assert started == [large, small, other_large, other_small]
+
+
 def test_a_killed_worker_is_resumed(tmp_path: Path) -> None:
     (one,) = plan(1, behaviour="die once")
     summary = launch([one], tmp_path)
