@@ -11,6 +11,8 @@ Small: seven sizes per family over 2.6 decades (2e10 to 8e12 FLOPs on MovieLens-
 minutes with two workers on two free cores. Medium: one size more, 3.3 decades, one seed of it; what the small budget's
 laws make of it can be recorded before it runs (--forecast). Large: the upper rungs, for accelerators.
 
+`--ladder growing` has eight rungs with all families at the same FLOPs, for logs of about 8 million events.
+
 Expect the classical rankers ahead at small compute, where their numeric features do the work that a sequence model has
 yet to learn, and almost flat from there on; the sequence models go on gaining and catch up at the top.
 """
@@ -18,28 +20,34 @@ yet to learn, and almost flat from there on; the sequence models go on gaining a
 import sys
 
 from experiments.ladders import Ladder
-from experiments.study import Study, on_ladder
+from experiments.study import Budget, Study, on_ladder
 from experiments.sweep import Sweep, param
 
-
-def _ladder(ladder: Ladder, first: int, last: int, seeds: list[int]) -> Sweep:
-    """Every family from rung ``first`` to ``last``, with each seed."""
-    sweep = Sweep(())
-    for family in ladder.sizes:
-        sweep += ladder.rungs(family, first, last)
-    return sweep * param("seed", seeds)
+# (first rung, last rung, seeds) of each budget.
+_BUDGETS: dict[Budget, list[tuple[int, int, list[int]]]] = {
+    "small": [(0, 6, [0, 1])],
+    "medium": [(0, 6, [0, 1]), (7, 7, [0])],
+    "large": [(0, 8, [0, 1]), (9, 10, [0])],
+}
 
 
 def _study(ladder: Ladder) -> Study:
+    """Of a ladder that ends below a budget's last rung, without that budget."""
+    top = min(len(rungs) for rungs in ladder.sizes.values()) - 1
+    points: dict[Budget, Sweep] = {}
+    for budget, parts in _BUDGETS.items():
+        if max(last for _, last, _ in parts) <= top:
+            every = [
+                ladder.rungs(family, first, last) * param("seed", seeds)
+                for first, last, seeds in parts
+                for family in ladder.sizes
+            ]
+            points[budget] = sum(every, Sweep(()))
     return Study(
         name="gr_vs_dlrm",
         title="Generative recommenders against DLRM",
         doc=(__doc__ or "").strip(),
-        points={
-            "small": _ladder(ladder, 0, 6, [0, 1]),
-            "medium": _ladder(ladder, 0, 6, [0, 1]) + _ladder(ladder, 7, 7, [0]),
-            "large": _ladder(ladder, 0, 8, [0, 1]) + _ladder(ladder, 9, 10, [0]),
-        },
+        points=points,
         metric="ne",
         axis="train_flops",
         base=ladder.base,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import lr_depth, rate_check
+from experiments import gr_vs_dlrm, lr_depth, rate_check
 from experiments.ladders import LADDER, Ladder, Recipe, heads, read
 from genrec_jax.config import TrainConfig, default_trial, override
 from genrec_jax.errors import UserError
@@ -73,6 +73,7 @@ def test_the_mark_is_of_everything_that_is_set() -> None:
     assert LADDER.mark == "tuned@f3bf98e4be88"
     assert read("tuned").mark == LADDER.mark
     assert read("mup").mark == "mup@58aef3cf3ddf"
+    assert read("growing").mark == "growing@9b4ad13eb1e5"
     changed: list[Ladder] = [
         dataclasses.replace(LADDER, base={**LADDER.base, "train.warmup": 0.1}),
         dataclasses.replace(LADDER, recipes={**LADDER.recipes, "din": Recipe(0.01, 0.5, 0.0, 32)}),
@@ -101,6 +102,9 @@ def test_a_file_of_ones_own_is_a_ladder_too(tmp_path: Path) -> None:
     assert rates == {0.02 * factor for factor in rate_check.FACTORS}
     with pytest.raises(UserError, match="ladder 'mine' has no rung s4 of hstu"):
         rate_check.STUDY.on(mine)
+    assert list(gr_vs_dlrm.STUDY.points) == ["small", "medium", "large"]
+    assert list(gr_vs_dlrm.STUDY.on(read("growing")).points) == ["small", "medium"]
+    assert not gr_vs_dlrm.STUDY.on(mine).points
     with pytest.raises(UserError, match="study 'lr_depth' follows no ladder"):
         lr_depth.STUDY.on(mine)
 
@@ -116,7 +120,7 @@ def test_a_file_of_ones_own_is_a_ladder_too(tmp_path: Path) -> None:
         ('extends = "tuned"\n[hstu]\npower = 1.0', r"\[hstu\] must have a number 'learning_rate'"),
         ('extends = "tuned"\n[hstu]\nrate = 1.0', r"\[hstu\] has an unknown key 'rate'"),
         ('extends = "tuned"\n[hstu]\nrungs = [{ width = 8 }]', "a list of tables with a width and a depth"),
-        ('extends = "tunde"', "there is no ladder 'tunde'; give one of mup, tuned"),
+        ('extends = "tunde"', "there is no ladder 'tunde'; give one of growing, mup, tuned"),
     ],
 )
 def test_a_bad_file_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
