@@ -115,8 +115,17 @@ class JointDraws:
     def _error(self, values: FloatArray) -> float:
         """The standard deviation of a bootstrap's draws; of a jackknife's, times its factor."""
         if self.method != "jackknife":
-            return float(np.std(values, ddof=1))
-        return float(np.sqrt((self.units - 1) * np.mean((values - values.mean()) ** 2)))
+            return deviation(values, ddof=1)
+        return float(np.sqrt(self.units - 1)) * deviation(values)
+
+
+def deviation(values: FloatArray, *, ddof: int = 0) -> float:
+    """The standard deviation, also of numbers whose squares are too large for one: a coefficient whose exponent the
+    runs hardly tell may be anything up to 1e300 among its draws."""
+    scale = float(np.abs(values).max())
+    if not 0 < scale < np.inf:
+        return scale
+    return scale * float(np.std(values / scale, ddof=ddof))
 
 
 def resample(

@@ -13,7 +13,7 @@ from scaling.joint.fit import fit_joint
 from scaling.joint.isoflop import budgets_of, isoflop
 from scaling.joint.laws import LAWS, Data, Model
 from scaling.joint.solve import ESTIMATORS, _Problem
-from scaling.joint.uncertainty import METHODS, resample
+from scaling.joint.uncertainty import METHODS, deviation, resample
 from scaling.table import FloatArray, TableError
 
 CHINCHILLA = Path(__file__).parents[3] / "shared" / "data" / "chinchilla" / "svg_extracted_data.csv"
@@ -167,6 +167,14 @@ def test_intervals_hold_the_truth_and_repeat_to_the_bit(method: str) -> None:
     low, high = draws.curve({"n": np.array([1e7]), "d": np.array([1e8])})
     one_low, one_high = draws.prediction({"n": np.array([1e7]), "d": np.array([1e8])})
     assert one_low[0] < low[0] < high[0] < one_high[0]
+
+
+def test_the_deviation_of_numbers_whose_squares_are_none() -> None:
+    values = np.array([1.0, 2.0, 4.0])
+    for scale in (1.0, 1e-200, 1e200):
+        assert deviation(scale * values, ddof=1) == pytest.approx(scale * np.std(values, ddof=1), rel=1e-12)
+    assert deviation(np.zeros(3)) == 0
+    assert deviation(np.array([1.0, np.inf])) == np.inf
 
 
 def test_clusters_are_resampled_whole() -> None:
