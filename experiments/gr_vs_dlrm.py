@@ -7,9 +7,9 @@ Five families climb the same ladder of training compute: HSTU (generative, inter
 DLRM and DCN-v2. Every family sees the same users, features and N = 64 past events, and is evaluated on the same
 held-out impressions after a global time split.
 
-Small: seven sizes per family over 2.6 decades (2e10 to 8e12 FLOPs on MovieLens-1M), two seeds, 70 trials; about 20
-minutes with two workers on two free cores. Medium: one size more, 3.3 decades, one seed of it; what the small budget's
-laws make of it can be recorded before it runs (--forecast). Large: the upper rungs, for accelerators.
+Small: seven sizes per family over 2.6 decades (2e10 to 8e12 FLOPs on MovieLens-1M), two seeds, 70 trials; 20 to 60
+minutes with two workers on two cores. Medium: one size more, 3.3 decades, one seed of it, an hour more; what the small
+budget's laws make of it can be recorded before it runs (--forecast). Large: the upper rungs, for accelerators.
 
 `--ladder growing` has eight rungs with all families at the same FLOPs, for logs of about 8 million events.
 
