@@ -13,11 +13,10 @@ until steps are too few.
 """
 
 import sys
-from dataclasses import replace
 
-from experiments.lr_transfer import BASE, MODELS, RATES
+from experiments.lr_transfer import BASE, MODELS, RATES, by_rate
 from experiments.study import Study
-from experiments.sweep import Sweep, model, param
+from experiments.sweep import Sweep, param
 
 ROWS = 3200  # in all
 
@@ -27,10 +26,7 @@ def _grid(batches: list[int], seeds: list[int]) -> Sweep:
     for name in MODELS:
         for batch in batches:
             steps = {"train.batch_rows": batch, "train.steps": ROWS // batch}
-            for rate in RATES["muP"]:
-                rates = {"train.learning_rate": rate, "train.embedding_learning_rate": 2 * rate}
-                (point,) = model(name, family=f"{name} muP {batch}", **steps, **rates)
-                points += Sweep((replace(point, label=f"rate={rate:g}", axis_value=rate),))
+            points += by_rate(name, f"{name} muP {batch}", RATES["muP"], **steps)
     return points * param("seed", seeds)
 
 

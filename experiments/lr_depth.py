@@ -14,27 +14,23 @@ Expect little of the best rate up to 8 blocks, and better deep models where bloc
 """
 
 import sys
-from dataclasses import replace
 
-from experiments.lr_transfer import BASE, RATES
+from experiments.lr_transfer import BASE, RATES, by_rate
 from experiments.study import Study
-from experiments.sweep import Sweep, model, param
+from experiments.sweep import Sweep, param
 
 WIDTH = 64
 SHARES = {"whole": 0, "share": 2}  # model.base_depth
 
 
 def _grid(depths: list[int], seeds: list[int]) -> Sweep:
+    sizes = {"model.width": WIDTH, "model.heads": 1, "model.base_width": 32}
     points = Sweep(())
     for name in ("hstu", "transformer"):
         for by, base in SHARES.items():
             for depth in depths:
-                sizes = {"model.width": WIDTH, "model.heads": 1, "model.base_width": 32, "model.base_depth": base}
-                for rate in RATES["muP"]:
-                    rates = {"train.learning_rate": rate, "train.embedding_learning_rate": 2 * rate}
-                    values = {**sizes, **rates, "model.depth": depth}
-                    (point,) = model(name, family=f"{name} {by} {depth}", **values)
-                    points += Sweep((replace(point, label=f"rate={rate:g}", axis_value=rate),))
+                values = {**sizes, "model.base_depth": base, "model.depth": depth}
+                points += by_rate(name, f"{name} {by} {depth}", RATES["muP"], **values)
     return points * param("seed", seeds)
 
 

@@ -13,7 +13,9 @@ Expect the best rate to fall with the width by the standard parametrisation, and
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from experiments.study import Study
 from experiments.sweep import Sweep, model, param
@@ -33,16 +35,23 @@ BASE = {
 }
 
 
+def by_rate(name: str, family: str, rates: Sequence[float], **values: Any) -> Sweep:
+    """A model with each of the rates, those of its tables twice as high; ``values``: dotted keys."""
+    points = []
+    for rate in rates:
+        both = {"train.learning_rate": rate, "train.embedding_learning_rate": 2 * rate}
+        (point,) = model(name, family=family, **values, **both)
+        points.append(replace(point, label=f"rate={rate:g}", axis_value=rate))
+    return Sweep(tuple(points))
+
+
 def _grid(widths: list[int], seeds: list[int]) -> Sweep:
     points = Sweep(())
     for name in MODELS:
         for by, base in PARAMETRISATIONS.items():
             for width in widths:
                 sizes = {"model.width": width, "model.heads": max(1, width // 64), "model.base_width": base}
-                for rate in RATES[by]:
-                    rates = {"train.learning_rate": rate, "train.embedding_learning_rate": 2 * rate}
-                    (point,) = model(name, family=f"{name} {by} {width}", **sizes, **rates)
-                    points += Sweep((replace(point, label=f"rate={rate:g}", axis_value=rate),))
+                points += by_rate(name, f"{name} {by} {width}", RATES[by], **sizes)
     return points * param("seed", seeds)
 
 
