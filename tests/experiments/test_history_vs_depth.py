@@ -12,20 +12,20 @@ from experiments.ladders import LADDER
 
 def test_the_grid_varies_depth_history_and_data_apart_and_keeps_the_targets_of_a_step() -> None:
     trials = [one.trial for one in STUDY.trials("data", "small")]
-    grid = {(t.model.depth, t.data.history, t.data.fraction) for t in trials}  # type: ignore[attr-defined]
+    grid = {(t.model.depth, t.data.history, t.data.fraction) for t in trials}
     assert len(grid) == len(trials) == 4 * 5 * 3
     targets = [t.train.batch_rows * (t.data.history + t.data.candidates) for t in trials]
     recipe = LADDER.recipes["hstu"].batch_rows * 72
     assert np.ptp(targets) < 0.2 * recipe
     assert {t.train.batch_rows for t in trials if t.data.history == 64} == {LADDER.recipes["hstu"].batch_rows}
-    fixed = {(t.model.width, t.train.learning_rate, t.train.epochs) for t in trials}  # type: ignore[attr-defined]
+    fixed = {(t.model.width, t.train.learning_rate, t.train.epochs) for t in trials}
     assert len(fixed) == 1
 
 
 def _rows(gain_of_history: float) -> list[dict[str, Any]]:
     rows = []
     for one in STUDY.trials("data", "small"):
-        n, d, h = 6e3 * one.trial.model.depth, 8e5 * one.trial.data.fraction, one.trial.data.history  # type: ignore[attr-defined]
+        n, d, h = 6e3 * one.trial.model.depth, 8e5 * one.trial.data.fraction, one.trial.data.history
         ne = 0.7 + 3.0 * n**-0.5 + 20.0 * d**-0.5 + gain_of_history * h**-0.5
         columns = {"dense_params": n, "targets": d, "history": h, "train_flops": 6 * n * d * h**0.3, "ne": ne}
         known = {"trial": one.trial.hash, "study": STUDY.name, "family": one.family, "label": one.label}

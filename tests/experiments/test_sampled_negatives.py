@@ -25,7 +25,7 @@ def clicks(tmp_path: Path) -> Sequences:
         "device": rng.integers(1, 7, events),
     }
     levels = {"region": "user", "topic": "item", "device": "event"}
-    schema = Schema(_ITEMS + 1, (), tuple(Feature(name, 8, 1, levels[name]) for name in features))  # type: ignore[arg-type]
+    schema = Schema(_ITEMS + 1, (), tuple(Feature(name, 8, 1, levels[name]) for name in features))
     return save(
         tmp_path / "clicks",
         name="clicks",
