@@ -74,6 +74,7 @@ def test_the_mark_is_of_everything_that_is_set() -> None:
     assert read("tuned").mark == LADDER.mark
     assert read("mup").mark == "mup@58aef3cf3ddf"
     assert read("growing").mark == "growing@9b4ad13eb1e5"
+    assert read("world").mark == "world@3ad5c09447a5"
     changed: list[Ladder] = [
         dataclasses.replace(LADDER, base={**LADDER.base, "train.warmup": 0.1}),
         dataclasses.replace(LADDER, recipes={**LADDER.recipes, "din": Recipe(0.01, 0.5, 0.0, 32)}),
@@ -120,7 +121,7 @@ def test_a_file_of_ones_own_is_a_ladder_too(tmp_path: Path) -> None:
         ('extends = "tuned"\n[hstu]\npower = 1.0', r"\[hstu\] must have a number 'learning_rate'"),
         ('extends = "tuned"\n[hstu]\nrate = 1.0', r"\[hstu\] has an unknown key 'rate'"),
         ('extends = "tuned"\n[hstu]\nrungs = [{ width = 8 }]', "a list of tables with a width and a depth"),
-        ('extends = "tunde"', "there is no ladder 'tunde'; give one of growing, mup, tuned"),
+        ('extends = "tunde"', "there is no ladder 'tunde'; give one of growing, mup, tuned, world"),
     ],
 )
 def test_a_bad_file_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
