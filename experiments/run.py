@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib
 import pkgutil
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +31,15 @@ class Rules:
     def of(self, study: Study) -> Study:
         """The study by these rules. Raises UserError for a ladder that is none, and as :class:`Study` does."""
         return (study if self.ladder is None else study.on(read(self.ladder))).with_settings(self.settings)
+
+    def command(self, name: str, data: Path, budget: Budget) -> str:
+        """What runs the study by these rules: all that its numbers depend on. The data and a ladder's file go by their
+        names alone, for they lie elsewhere on another machine."""
+        ladder = [] if self.ladder is None else ["--ladder", Path(self.ladder).name]
+        settings = [word for key, value in self.settings.items() for word in ("--set", f"{key}={value}")]
+        return shlex.join(
+            ["genrec", "sweep", name, "--data", data.resolve().name, "--budget", budget, *ladder, *settings]
+        )
 
 
 def studies() -> dict[str, Study]:
@@ -86,8 +96,10 @@ def run_named(
     # The launcher touches no device: the workers need all of it.
     planned = with_cost(planned, lambda trial: plan_account(trial).train_flops)
     target.mkdir(parents=True, exist_ok=True)
-    about = {"title": study.title, "summary": study.doc, "metric": study.metric, "recipe": study.recipe}
-    write_json(target / "study.json", about)
+    before = (read_record(target / "study.json") or {}).get("commands", [])
+    commands = list(dict.fromkeys([*before, rules.command(name, data, budget)]))
+    about = {"title": study.title, "summary": study.question, "metric": study.metric, "recipe": study.recipe}
+    write_json(target / "study.json", {**about, "commands": commands})
     write_references(planned, target)
     write_notes(folder, target)
     summary = run_study(planned, target, executor=executor, quiet=quiet, how=how)
@@ -149,12 +161,13 @@ def _write_page(runs: list[Path], out: Path, y: str | None, x: str, group: str) 
 
 
 def _heading(folder: Path) -> dict[str, Any] | None:
-    """A study's title, question and metric; what it came to goes with the question."""
+    """A study's title, question and metric; what ran it and what it came to go with the question."""
     from experiments.remarks import read_remarks
 
     heading = read_record(folder / "study.json")
     if heading is not None:
-        heading["summary"] = "\n\n".join([heading["summary"], *read_remarks(folder)])
+        commands = [f"    {command}" for command in heading.get("commands", [])]
+        heading["summary"] = "\n\n".join([heading["summary"], *commands, *read_remarks(folder)])
     return heading
 
 

@@ -59,6 +59,11 @@ class Study:
     recipe: str = ""
     by_ladder: Callable[[Ladder], "Study"] | None = None
 
+    @property
+    def question(self) -> str:
+        """``doc`` without the command that stands in it."""
+        return "\n\n".join(part for part in self.doc.split("\n\n") if not part.startswith("    "))
+
     def on(self, ladder: Ladder) -> "Study":
         """The study by another ladder. Raises UserError for a study that follows none."""
         if self.by_ladder is None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -37,15 +38,12 @@ from tests.train.helpers import trial_of
 STEPS = 50
 
 
-def trained(
-    sequences: Sequences, name: str, settings: dict[str, Any], mesh: Any
-) -> tuple[list[float], list[Any], float]:
+def trained(sequences: Sequences, trial: Trial, params: Any, mesh: Any) -> tuple[list[float], list[Any], float]:
     """The losses of 50 steps in 8 pieces, the parameters after them, and the share of the state on the first device."""
-    trial = trial_of(sequences, name, **{"train.batch_rows": 16, "train.steps": STEPS, **settings})
     stream = TrainStream(sequences, trial.data, trial.model.rows, 16, seed=0)
     model = abstract_model(trial, sequences.schema, Popularity(stream.target_counts()))
     optimizer, rule = make_optimizer(trial.train, STEPS), make_row_rule(trial.train, STEPS)
-    state = init_state(init_params(trial, sequences.schema), optimizer, 0, rule)
+    state = init_state(jax.tree.map(jnp.asarray, params), optimizer, 0, rule)
     if mesh is not None:
         state = jax.device_put(state, placed(mesh, state))
     step, losses = make_step(model, optimizer, 8, rule, mesh), []
@@ -102,6 +100,12 @@ LENT: list[tuple[str, dict[str, Any], tuple[str, ...], int]] = [
 ]
 
 
+def blank(trial: Trial, schema: Schema) -> Any:
+    """Arrays of the parameters' shapes and dtypes."""
+    shapes = jax.eval_shape(lambda: init_params(trial, schema))
+    return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+
+
 def planned(mesh: Mesh, trial: Trial, schema: Schema) -> tuple[dict[str, float], Plan]:
     """Bytes of the collectives of what is compiled for a mesh, by kind, and of what is estimated for as many GPUs; and
     the plan of the compiled training step."""
@@ -122,7 +126,7 @@ def sent(mesh: Mesh) -> dict[str, float]:
     trial = override(default_trial("dlrm"), {"train.batch_rows": 16, "model.width": 64, "data.history": 8})
     schema = Schema(items=1024, tasks=("click",))
     found, plan = planned(mesh, trial, schema)
-    arrays = jax.tree.leaves(init_params(trial, schema))
+    arrays = jax.tree.leaves(blank(trial, schema))
     divided = sum(x.nbytes for x in arrays if "fsdp" in share_of(mesh, x.shape))
     held = {"held": plan.state["parameters"] + plan.state["tables"]}
     return found | held | {"divided": divided, "whole": sum(x.nbytes for x in arrays) - divided}
@@ -134,7 +138,7 @@ def exchanged(mesh: Mesh) -> dict[str, float]:
     trial = override(default_trial("hstu"), {**settings, "data.history": 21})
     schema = Schema(items=1024, tasks=("click",))
     model: Any = abstract_model(trial, schema)
-    params = init_params(trial, schema)
+    params = blank(trial, schema)
     bytes_of: dict[tuple[bool, bool], float] = dict.fromkeys(itertools.product((False, True), repeat=2), 0.0)
     for path, x in jax.tree_util.tree_leaves_with_path(params):
         spec = share_of(mesh, x.shape, path)
@@ -156,7 +160,7 @@ def lent(mesh: Mesh) -> dict[str, float]:
     settings = {"train.batch_rows": 16, "model.width": 64, "data.history": 24, "data.candidates": 8, **row_wise}
     trial, schema = override(default_trial("dlrm"), settings), Schema(items=1024, tasks=("click",))
     found, plan = planned(mesh, trial, schema)
-    params = init_params(trial, schema)
+    params = blank(trial, schema)
     (table,) = (x for x in jax.tree.leaves(params) if x.dtype == "bfloat16")
     others = sum(x.nbytes for x in jax.tree.leaves(params)) - table.nbytes
     return found | {"table": plan.state["tables"], "of": table.nbytes, "width": table.shape[1], "others": others}
@@ -165,10 +169,12 @@ def lent(mesh: Mesh) -> dict[str, float]:
 def compared(sequences: Sequences, name: str, settings: dict[str, Any], meshes: tuple[str, ...]) -> dict[str, Any]:
     """How far each mesh comes apart from one device."""
     settings = {"train.learning_rate": 0.003, "train.embedding_learning_rate": 0.003, "model.width": 16, **settings}
-    one, found = trained(sequences, name, settings, None), {}
+    trial = trial_of(sequences, name, **{"train.batch_rows": 16, "train.steps": STEPS, **settings})
+    params = jax.tree.map(np.asarray, init_params(trial, sequences.schema))
+    one, found = trained(sequences, trial, params, None), {}
     spread = max(one[0]) - min(one[0])
     for mesh in meshes:
-        many = trained(sequences, name, settings, make_mesh(parse_mesh(mesh)))
+        many = trained(sequences, trial, params, make_mesh(parse_mesh(mesh)))
         loss = max(abs(a - b) / abs(a) for a, b in zip(one[0], many[0], strict=True))
         params = max(float(np.abs(a - b).max()) for a, b in zip(one[1], many[1], strict=True))
         found[f"{name} {mesh}"] = {"loss": loss, "params": params, "spread": spread, "held": many[2]}

@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 
 from experiments.cli import main
-from experiments.run import studies
+from experiments.run import Rules, studies
 from genrec_jax.data.sequences import load
 from genrec_jax.data.synthetic import read_world
 
@@ -60,6 +60,9 @@ def test_import_show_train_fit_report(log: Path, tmp_path: Path, capsys: pytest.
     assert (tmp_path / "page.html").read_text(encoding="utf-8").lower().startswith("<!doctype html>")
 
 
+RAN = "<p><code>genrec sweep depth</code></p>"
+
+
 def test_report_of_a_folder_of_studies(tmp_path: Path) -> None:
     """Each study opens its own section with its question; two folders of one study are pooled and named."""
     header = "study,dataset,family,train_flops,ne,status,trial\n"
@@ -70,12 +73,17 @@ def test_report_of_a_folder_of_studies(tmp_path: Path) -> None:
             f"{study},w,dlrm,{c:g},{0.7 + 2 * c**-0.1:.6f},done,{place}{c:g}" for c in (1e9, 1e10, 1e11, 1e12, 1e13)
         ]
         (folder / "results.csv").write_text(header + "\n".join(rows) + "\n", encoding="utf-8")
-        heading = {"title": study, "summary": f"What of {study}?", "metric": "ne"}
+        heading = {
+            "title": study,
+            "summary": f"What of {study}?",
+            "metric": "ne",
+            "commands": [f"genrec sweep {study}"],
+        }
         (folder / "study.json").write_text(json.dumps(heading), encoding="utf-8")
         (folder / "notes.json").write_text(json.dumps({"w": ["Made up."]}), encoding="utf-8")
     main(["report", str(tmp_path / "runs"), "--out", str(tmp_path / "page.html")])
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    for said in ("depth · w", "width · w", "<p>What of depth?</p>", "<p>What of width?</p>", "<dd>Made up.</dd>"):
+    for said in ("depth · w", "width · w", "<p>What of depth?</p>", "<p>What of width?</p>", "<dd>Made up.</dd>", RAN):
         assert page.count(said) == 1 or "·" in said, said
     assert "The trials of these folders on w are pooled: b, c." in page
 
@@ -218,6 +226,16 @@ def test_a_setting_of_a_sweep_reaches_every_trial(tmp_path: Path, capsys: pytest
     assert all(float(half) < float(whole) for half, whole in zip(plans["0.5"], plans["1.0"], strict=True))
     assert "is named by --data" in fails(capsys, *given, "data.path=elsewhere")
     assert "set it themselves" in fails(capsys, *given, "model.width=8")
+
+
+def test_a_page_names_the_command_without_the_places_of_this_machine() -> None:
+    rules = Rules("mine/steep.toml", {"data.test": "0.03"})
+    said = "genrec sweep gr_vs_dlrm --data log --budget medium --ladder steep.toml --set data.test=0.03"
+    assert rules.command("gr_vs_dlrm", Path("/somewhere/log"), "medium") == said
+    assert Rules().command("depth", Path("a b"), "small") == "genrec sweep depth --data 'a b' --budget small"
+    question = studies()["gr_vs_dlrm"].question
+    assert question.startswith("GR against DLRM")
+    assert "python -m" not in question
 
 
 def test_the_search_for_studies_leaves_signals_alone() -> None:

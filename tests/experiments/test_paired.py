@@ -108,7 +108,7 @@ def test_the_page_says_how_much_of_a_difference_is_noise(records: Records, tmp_p
     assert "50 evaluation users" in said
     assert read_remarks(records.out) == [said]
     rebuild_table(records.out)
-    write_json(records.out / "study.json", {"title": STUDY.title, "summary": STUDY.doc, "metric": "ne"})
+    write_json(records.out / "study.json", {"title": STUDY.title, "summary": STUDY.question, "metric": "ne"})
     write_report([records.out], tmp_path / "page.html")
     assert said.replace("'", "&#x27;") in (tmp_path / "page.html").read_text(encoding="utf-8")
 
