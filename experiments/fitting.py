@@ -78,7 +78,7 @@ def fit_law_and_print(
 
 def advise_and_print(tables: Sequence[Path], budget: float, y: str | None, out: Path | None) -> None:
     """What each family would do with a budget, best first."""
-    advice = scaling.recommend(list(tables), budget, y)
+    (advice,) = scaling.recommend(list(tables), [budget], y)
     if out is not None:
         scaling.write_json(out, {"budget": budget, "advice": [one.to_json() for one in advice]})
     console = Console(highlight=False, soft_wrap=True)

@@ -47,13 +47,15 @@ def spent_best(out: Place, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     flops = sorted(row["train_flops"] for row in rows if row["status"] == "done")
     if not flops:
         return []
-    said = []
+    budgets = flops[0], (flops[0] * flops[-1]) ** 0.5, 10 * flops[-1]
     with brought(out) as here:
-        for budget in (flops[0], (flops[0] * flops[-1]) ** 0.5, 10 * flops[-1]):
-            for advice in scaling.recommend([here], budget):
-                if {"dense_params", "targets", "history"} <= advice.sizes.keys():
-                    said.append(f"{advice.family} with {budget:.2g} FLOPs: {_advised(advice)}.")
-    return said
+        found = scaling.recommend([here], budgets)
+    return [
+        f"{advice.family} with {budget:.2g} FLOPs: {_advised(advice)}."
+        for budget, advised in zip(budgets, found, strict=True)
+        for advice in advised
+        if {"dense_params", "targets", "history"} <= advice.sizes.keys()
+    ]
 
 
 def _advised(advice: scaling.Advice) -> str:

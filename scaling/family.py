@@ -125,7 +125,7 @@ def analyse_family(trials: FamilyTrials, s: Settings, *, law: bool) -> FamilyRes
     boots = {f: bootstrap(points, fit, loss=loss, n_boot=s.n_boot, seed=trials.seed) for f, fit in fits.items()}
     boot = boots[chosen] if chosen else None
     fit = fits[chosen] if chosen else None
-    predictions = tuple(_predict(points, fit, boot, at) for at in s.predict_at) if fit else ()
+    predictions = tuple(predict(points, fit, boot, at) for at in s.predict_at) if fit else ()
     about = _law_warnings(points, fits, fit, s) if law else seed_warnings(points)
     joint = law and loss and s.joint
     return FamilyResult(
@@ -137,14 +137,15 @@ def analyse_family(trials: FamilyTrials, s: Settings, *, law: bool) -> FamilyRes
         boots=boots,
         best=int(np.argmax(points.mean) if s.rising else np.argmin(points.mean)),
         slope=slope_per_decade(Family(trials.name, points, fit, boot)) if fit else None,
-        warnings=(*about, *_data_warnings(trials), *_prediction_warnings(predictions)),
+        warnings=(*about, *_data_warnings(trials), *prediction_warnings(predictions)),
         predictions=predictions,
         table=trials.table,
         joint=joint_law(trials.table, s.metric, s.x, n_boot=s.n_boot, seed=trials.seed) if joint else None,
     )
 
 
-def _predict(points: Points, fit: CurveFit, boot: Bootstrap | None, at: float) -> Prediction:
+def predict(points: Points, fit: CurveFit, boot: Bootstrap | None, at: float) -> Prediction:
+    """The law at one x, with 95 % intervals of the curve and of one run."""
     x = np.array([at])
     curve = one_run = None
     if boot is not None:
@@ -181,7 +182,8 @@ def _data_warnings(trials: FamilyTrials) -> list[Warn]:
     return found
 
 
-def _prediction_warnings(predictions: Sequence[Prediction]) -> list[Warn]:
+def prediction_warnings(predictions: Sequence[Prediction]) -> list[Warn]:
+    """That one of them is far from what was observed."""
     far = max((p.extrapolation for p in predictions), default=1.0)
     if far <= MAX_EXTRAPOLATION:
         return []

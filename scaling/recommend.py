@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from scaling.family import FamilyResult
+from scaling.family import FamilyResult, predict, prediction_warnings
 from scaling.fit import MAX_EXTRAPOLATION, Points, Warn
 from scaling.frontier import pareto
 from scaling.joint.allocate import allocate, fit_cost
@@ -58,35 +58,41 @@ class Advice:
         }
 
 
-def recommend(tables: Sequence[Path], budget: float, metric: str | None = None, *, n_boot: int = 1000) -> list[Advice]:
-    """For every family of every study, the best expected metric of each study first.
+def recommend(
+    tables: Sequence[Path], budgets: Sequence[float], metric: str | None = None, *, n_boot: int = 1000
+) -> list[list[Advice]]:
+    """For every budget: for every family of every study, the best expected metric of each study first.
 
     A family whose trials vary dense parameters and targets apart has a joint law, whose best use of the budget is
     recommended. Another has a law in compute alone, and the sizes that its best configurations tend to.
 
     Args:
         tables: results tables, or folders of studies.
-        budget: training FLOPs.
+        budgets: training FLOPs of each.
         metric: a column; None for each study's default.
         n_boot: draws of each law.
 
     Raises:
         TableError: a budget that is not positive, or no family with a law in compute.
     """
-    if not budget > 0:
-        raise TableError(f"a budget is a positive number of FLOPs, not {budget:g}")
+    for budget in budgets:
+        if not budget > 0:
+            raise TableError(f"a budget is a positive number of FLOPs, not {budget:g}")
     table = read_table(list(tables))
-    every = analyse(table, metric, n_boot=n_boot, predict_at=(budget,))
-    best = analyse(table, metric, n_boot=n_boot, predict_at=(budget,), axes=False, frontier=True)
-    envelopes = {(p.study, p.dataset, f.name): f for p in best.panels if p.axis is None for f in p.families}
-    found = []
-    for panel in every.panels:
-        if panel.axis is None and not panel.plain:
+    every = analyse(table, metric, n_boot=n_boot)
+    panels = [panel for panel in every.panels if panel.axis is None and not panel.plain]
+    envelopes: dict[tuple[str, str, str], FamilyResult] = {}
+    if any(family.joint is None for panel in panels for family in panel.families):
+        best = analyse(table, metric, n_boot=n_boot, axes=False, frontier=True)
+        envelopes = {(p.study, p.dataset, f.name): f for p in best.panels if p.axis is None for f in p.families}
+    found: list[list[Advice]] = [[] for _ in budgets]
+    for panel in panels:
+        rising = _rising(every, panel.metric)
+        for k, budget in enumerate(budgets):
             own = [_advice(panel.study, panel.dataset, f, envelopes, budget) for f in panel.families]
             known = [one for one in own if one is not None]
-            rising = _rising(every, panel.metric)
-            found += sorted(known, key=lambda one: one.metric, reverse=rising)
-    if not found:
+            found[k] += sorted(known, key=lambda one: one.metric, reverse=rising)
+    if not all(found):
         raise TableError(f"{tables[0]}: no family has enough configurations for a law in compute")
     return found
 
@@ -105,10 +111,10 @@ def _advice(
     if family.joint is not None:
         return _by_joint_law(study, dataset, family, family.joint, budget, nearest)
     envelope = envelopes.get((study, dataset, family.name))
-    lawful = envelope if envelope is not None and envelope.predictions and envelope.boot else family
-    if not lawful.predictions:
+    lawful = envelope if envelope is not None and envelope.fit and envelope.boot else family
+    if lawful.fit is None:
         return None
-    (said,) = lawful.predictions
+    said = predict(lawful.points, lawful.fit, lawful.boot, budget)
     sizes: dict[str, tuple[float, Interval | None]] = {}
     sizes |= {column: (value, None) for column, value in _trends(family, budget, tuple(COLUMNS.values())).items()}
     return Advice(
@@ -121,7 +127,7 @@ def _advice(
         metric=said.value,
         interval=said.one_run,
         nearest=nearest,
-        warnings=lawful.warnings,
+        warnings=(*lawful.warnings, *prediction_warnings([said])),
     )
 
 

@@ -136,7 +136,7 @@ def study(path: Path) -> Path:
 
 def test_a_budget_is_spent_as_the_joint_law_says(tmp_path: Path) -> None:
     """18 N D with equal exponents: N* / D* = (2 / 5)^(1 / 0.3), by hand."""
-    (one,) = recommend([study(tmp_path / "s.csv")], 1.8e15, n_boot=60)
+    ((one,),) = recommend([study(tmp_path / "s.csv")], [1.8e15], n_boot=60)
     n, d = one.sizes["dense_params"][0], one.sizes["targets"][0]
     assert n * d == pytest.approx(1e14, rel=1e-6)
     assert n / d == pytest.approx((2 / 5) ** (1 / 0.3), rel=0.05)
@@ -148,7 +148,7 @@ def test_a_budget_is_spent_as_the_joint_law_says(tmp_path: Path) -> None:
     assert not one.warnings
     json.dumps(one.to_json(), allow_nan=False)
     with pytest.raises(TableError, match="positive number of FLOPs"):
-        recommend([tmp_path / "s.csv"], 0.0)
+        recommend([tmp_path / "s.csv"], [0.0])
 
 
 def test_a_budget_without_a_joint_law_follows_the_best_configurations(tmp_path: Path) -> None:
@@ -163,7 +163,9 @@ def test_a_budget_without_a_joint_law_follows_the_best_configurations(tmp_path: 
         train_flops=x,
         ne=0.7 + 5 * x**-0.15,
     )
-    (one,) = recommend([own], 1e15, n_boot=60)
+    (inside,), (one,), (far,) = recommend([own], [1e13, 1e15, 1e16], n_boot=60)
     assert one.sizes["dense_params"][0] == pytest.approx(1e15**0.5, rel=1e-6)
     assert one.metric == pytest.approx(0.7 + 5 * 1e15**-0.15, rel=1e-4)
-    assert one.nearest == "s7"
+    assert (inside.nearest, one.nearest) == ("s5", "s7")
+    outside = [[w.code for w in advice.warnings].count("far_extrapolation") for advice in (inside, one, far)]
+    assert outside == [0, 0, 1]
