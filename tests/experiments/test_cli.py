@@ -60,6 +60,20 @@ def test_import_show_train_fit_report(log: Path, tmp_path: Path, capsys: pytest.
     assert (tmp_path / "page.html").read_text(encoding="utf-8").lower().startswith("<!doctype html>")
 
 
+def test_recommend_says_what_a_budget_buys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """5 C^-0.1 at 1e14; a budget that is none is one sentence and writes nothing."""
+    table, found = tmp_path / "table.csv", tmp_path / "advice.json"
+    rows = [f"dlrm,{c:g},{5 * c**-0.1:.8f},done,{i}" for i, c in enumerate([1e9, 1e10, 1e11, 1e12, 1e13])]
+    table.write_text("family,train_flops,ne,status,trial\n" + "\n".join(rows) + "\n", encoding="utf-8")
+    for budget in ("0", "-1e12", "nan"):
+        assert "positive number of FLOPs" in fails(capsys, "recommend", table, "--budget", budget, "--json", found)
+        assert not found.exists()
+    main(["recommend", str(table), "--budget", "1e14", "--json", str(found)])
+    (advice,) = json.loads(found.read_text(encoding="utf-8"))["advice"]
+    assert advice["metric"]["value"] == pytest.approx(5 * 10**-1.4, rel=1e-4)
+    assert f"expected  {advice['metric']['value']:.5g}" in capsys.readouterr().out
+
+
 RAN = "<p><code>genrec sweep depth</code></p>"
 
 
