@@ -170,11 +170,11 @@ def compared(sequences: Sequences, name: str, settings: dict[str, Any], meshes: 
     """How far each mesh comes apart from one device."""
     settings = {"train.learning_rate": 0.003, "train.embedding_learning_rate": 0.003, "model.width": 16, **settings}
     trial = trial_of(sequences, name, **{"train.batch_rows": 16, "train.steps": STEPS, **settings})
-    params = jax.tree.map(np.asarray, init_params(trial, sequences.schema))
-    one, found = trained(sequences, trial, params, None), {}
+    initial = jax.tree.map(np.asarray, init_params(trial, sequences.schema))
+    one, found = trained(sequences, trial, initial, None), {}
     spread = max(one[0]) - min(one[0])
     for mesh in meshes:
-        many = trained(sequences, trial, params, make_mesh(parse_mesh(mesh)))
+        many = trained(sequences, trial, initial, make_mesh(parse_mesh(mesh)))
         loss = max(abs(a - b) / abs(a) for a, b in zip(one[0], many[0], strict=True))
         params = max(float(np.abs(a - b).max()) for a, b in zip(one[1], many[1], strict=True))
         found[f"{name} {mesh}"] = {"loss": loss, "params": params, "spread": spread, "held": many[2]}
