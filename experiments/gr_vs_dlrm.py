@@ -11,8 +11,8 @@ Small: seven sizes per family over 2.6 decades (2e10 to 8e12 FLOPs on MovieLens-
 minutes with two workers on two cores. Medium: one size more, 3.3 decades, one seed of it, an hour more; what the small
 budget's laws make of it can be recorded before it runs (--forecast). Large: the upper rungs, for accelerators.
 
-`--ladder growing` has eight rungs with all families at the same FLOPs, for logs of about 8 million events; `world` is the
-same with the rates of a synthetic world.
+`--ladder growing` has eight rungs with all families at the same FLOPs, for logs of about 8 million events; `world` is
+the same with the rates of a synthetic world.
 
 Expect the classical rankers ahead at small compute, where their numeric features do the work that a sequence model has
 yet to learn, and almost flat from there on; the sequence models go on gaining and catch up at the top.

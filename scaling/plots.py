@@ -164,8 +164,9 @@ def ratio_figure(panel: Panel, styles: dict[str, FamilyStyle] | None = None) -> 
         ratio, style = comparison.ratio, styles[comparison.ratio.new]
         axes.plot(ratio.quality, ratio.ratio, color=style.colour, linestyle=style.line, lw=2, label=ratio.new)
         if np.isfinite(ratio.low).any():
-            top = np.where(np.isfinite(ratio.high), ratio.high, 1e300)
-            axes.fill_between(ratio.quality, np.maximum(ratio.low, 1e-300), top, color=style.colour, alpha=0.16, lw=0)
+            # Off the axis, but not so far that its margins overflow.
+            low, high = np.clip((ratio.low, np.where(np.isnan(ratio.high), np.inf, ratio.high)), 1e-99, 1e99)
+            axes.fill_between(ratio.quality, low, high, color=style.colour, alpha=0.16, lw=0)
         for q, r, lo, hi in zip(ratio.quality, ratio.ratio, ratio.low, ratio.high):
             rows.append(_row(ratio.new, "ratio", q, r, lo, hi))
         said.append(f"{ratio.new}: {number(ratio.ratio.min(), 3)} to {number(ratio.ratio.max(), 3)} times")

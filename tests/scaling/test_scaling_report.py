@@ -13,7 +13,7 @@ import pytest
 
 from scaling import Reference, Table, TableError, analyse, fit_command, read_table, report_command, write_report
 from scaling.metrics import default_metric, higher_is_better
-from scaling.plots import law_figure
+from scaling.plots import law_figure, ratio_figure
 from scaling.style import equation, family_styles, number, tick
 
 HOSTILE = "<script>alert(1)</script>"
@@ -259,6 +259,27 @@ def test_awkward_curves_fit_and_draw_without_a_warning(values: list[float], metr
     analysis = analyse(Table(list(rows[0]), rows, ["x.csv, line 2"] * len(rows)), metric, n_boot=30)
     json.dumps(analysis.to_json(), allow_nan=False)
     assert law_figure(analysis.panels[0]).svg.startswith("<?xml")
+
+
+def test_a_ratio_without_an_end_is_drawn_off_the_axis() -> None:
+    """Where a part of the draws has the base end above a quality, the band has no upper end; the axis does."""
+    measured = {
+        "dlrm": [0.8330, 0.8225, 0.8180, 0.8159, 0.8109, 0.8125, 0.8086, 0.8085],
+        "dirl": [0.8983, 0.8542, 0.8125, 0.8045, 0.7857, 0.7817, 0.7828, 0.7739],
+    }
+    rows = [
+        {"family": family, "train_flops": repr(2e10 * 2.85**i), "ne": repr(ne)}
+        for family, values in measured.items()
+        for i, ne in enumerate(values)
+    ]
+    analysis = analyse(Table(list(rows[0]), rows, ["x.csv, line 2"] * len(rows)), "ne", n_boot=200)
+    (comparison,) = analysis.panels[0].comparisons
+    assert np.isinf(comparison.ratio.high).any()
+    assert np.isfinite(comparison.ratio.high).any()
+    plot = ratio_figure(analysis.panels[0])
+    assert plot is not None
+    bottom, top = plot.figure.axes[0].get_ylim()
+    assert 1e-3 < bottom < top < 1e5
 
 
 def test_metric_direction_and_default() -> None:
