@@ -93,8 +93,7 @@ class HSTUSuite:
 
     @BIASES
     def test_each_table_alone(self, position, time):
-        """Which tables there are in one precision, every precision with both."""
-        for dtype in self.dtypes if position and time else self.dtypes[:1]:
+        for dtype in self.dtypes:
             self.check_errors("targets", dtype, position=position, time=time)
 
     def check_errors(self, name, dtype, *, position, time):
