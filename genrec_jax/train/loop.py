@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -36,8 +35,10 @@ from genrec_jax.train.member import Member
 from genrec_jax.train.optimizer import make_optimizer, make_row_rule, scalars
 from genrec_jax.train.pack import check_pack
 from genrec_jax.train.record import versions, write_json
-from genrec_jax.train.step import State, init_state, jitted, pack_step, pieces_here, placed_state, trial_step
+from genrec_jax.train.step import State, init_state, pieces_here, placed_state, trial_step
 from genrec_jax.train.stopping import Stopped, asked_to_stop
+from genrec_jax.train.together import AtOnce, InTurn, Together
+from kernels_pallas.target import target
 
 FLOPS_FORMULA = "analytic per block; multiply-add 2; causal half; lookups 0; training 3 x forward; padding counted"
 
@@ -152,7 +153,7 @@ def restored_state(trial: Trial, run_dir: Path) -> tuple[Sequences, State]:
 
 
 class _Pack:
-    """The training loop of one trial or several. The states of several are one tree, with a first axis of trials."""
+    """The training loop of one trial or several."""
 
     def __init__(
         self,
@@ -165,7 +166,6 @@ class _Pack:
         started: float,
     ):
         self._members = members
-        self._alone = len(members) == 1
         self._sequences = sequences
         self._mesh = mesh
         self._on_progress = on_progress
@@ -175,14 +175,15 @@ class _Pack:
         self._evaluator = Evaluator(members[0].trial, sequences, model, mesh)
         self._results: list[dict[str, Any]] = [{} for _ in members]
         states = [member.resume(state) for member, state in zip(members, self._initial(offload))]
-        self._states = states[0] if self._alone else jax.tree.map(lambda *x: jnp.stack(x), *states)
-        self._take = jax.jit(lambda states, place: jax.tree.map(lambda x: x[place], states))
-        self._batches: list[Batch | None] = [None for _ in members]
-        self._scalars = self._together([scalars(member.trial.train) for member in members])
         step = trial_step(model, self._train, self._last, mesh)
-        where = jax.tree.map(lambda x: x.sharding, self._states) if offload else None
-        self._step: Any = jitted(step, where) if self._alone else jax.jit(pack_step(step), donate_argnums=1)
-        self._compiled: Any = None
+        numbers = [scalars(member.trial.train) for member in members]
+        where = jax.tree.map(lambda x: x.sharding, states[0]) if offload else None
+        self._trials: Together
+        if len(members) == 1 or target() == "cpu":
+            self._trials = InTurn(step, states, numbers, where)
+        else:
+            self._trials = AtOnce(step, states, numbers)
+        self._compiled = False
         self._marked = 0.0  # when the time that is not yet anybody's began
 
     def run(self) -> list[dict[str, Any]]:
@@ -192,7 +193,7 @@ class _Pack:
         for member in self._members:
             member.stream.close()  # its threads would run beside the evaluation
         done = [place for place, member in enumerate(self._members) if not member.status]
-        tested = [self._members[place].finish(self._state(place)).params for place in done]
+        tested = [self._members[place].finish(self._trials.state(place)).params for place in done]
         if self._train.report_test and self._members[0].watched != "test":
             found: Sequence[Metrics | None] = self._evaluator.each(tested, "test")
         else:
@@ -220,10 +221,10 @@ class _Pack:
             at_work = self._at_work(step)
             if not at_work:
                 continue
-            metrics = self._advance(at_work)
+            self._advance(at_work)
             last = step == self._last
             if step % train.log_every == 0 or last:
-                self._log(step, since, at_work, metrics)
+                self._log(step, since, at_work)
                 since, at_work = step, self._at_work(step)
             due = step % train.checkpoint_every == 0
             stopping, waited = asked.is_set(), time.perf_counter() - saved >= train.checkpoint_seconds
@@ -233,15 +234,15 @@ class _Pack:
             checkpoint_due = last or stopping or (due and waited)
             validation_due = self._validation_due(step)
             if at_work and (checkpoint_due or validation_due):
-                jax.block_until_ready(self._states)
+                self._trials.wait()
                 self._lap(at_work)
                 if validation_due:
                     self._validate(step, at_work)
                 # Evaluated first: a checkpoint is never without the evaluation of its step, and scored by it.
                 if checkpoint_due or (validation_due and train.select == "best"):
                     for place in at_work:
-                        member = self._members[place]
-                        member.save(step, self._state(place), self._wall_seconds(member), validated=validation_due)
+                        member, state = self._members[place], self._trials.state(place)
+                        member.save(step, state, self._wall_seconds(member), validated=validation_due)
                     saved = time.perf_counter()
                 since, self._marked = step, time.perf_counter()
             if stopping:
@@ -251,39 +252,31 @@ class _Pack:
         """The places of the trials that take this step: they have not diverged, nor are they ahead of it."""
         return [place for place, member in enumerate(self._members) if member.trains_at(step)]
 
-    def _advance(self, at_work: list[int]) -> dict[str, jax.Array]:
-        """Takes a step; returns its metrics, one or [members], which are still being computed."""
+    def _advance(self, at_work: list[int]) -> None:
+        """Takes a step, which may still be under way when it returns."""
+        batches = {}
         for place in at_work:
-            self._batches[place] = next(self._members[place].stream)
+            batch = next(self._members[place].stream)
+            batches[place] = batch if self._mesh is None else on_devices(self._mesh, batch, self._train.batch_rows)
             self._members[place].steps += 1
-        some = self._batches[at_work[0]]
-        batch = self._together([some if own is None else own for own in self._batches])
-        if self._mesh is not None:
-            batch = on_devices(self._mesh, batch, self._train.batch_rows)
-        arguments: tuple[Any, ...] = (self._states, batch, self._scalars)
-        if not self._alone:
-            taking = np.zeros(len(self._members), bool)
-            taking[at_work] = True
-            arguments = (taking, *arguments)
-        if self._compiled is None:
-            self._compile(arguments)
-        self._states, metrics = self._compiled(*arguments)
-        return metrics
+        if not self._compiled:
+            self._compile(batches)
+        self._trials.advance(batches)
 
-    def _compile(self, arguments: tuple[Any, ...]) -> None:
+    def _compile(self, batches: dict[int, Batch]) -> None:
         start = time.perf_counter()
-        self._compiled = self._step.lower(*arguments).compile()
-        self._marked = time.perf_counter()
+        self._trials.compile(batches)
+        self._compiled, self._marked = True, time.perf_counter()
         for member in self._members:
             member.compile_seconds = (self._marked - start) / len(self._members)
 
-    def _log(self, step: int, since: int, at_work: list[int], metrics: dict[str, jax.Array]) -> None:
-        loss, norm = (np.atleast_1d(np.asarray(metrics[name])) for name in ("loss", "grad_norm"))
+    def _log(self, step: int, since: int, at_work: list[int]) -> None:
+        metrics = self._trials.metrics()
         share = max(self._lap(at_work), 1e-9)
         for place in at_work:
             member = self._members[place]
             pace = (step - max(since, member.first)) / share
-            line = member.log(step, pace, float(loss[place]), float(norm[place]))
+            line = member.log(step, pace, metrics[place]["loss"], metrics[place]["grad_norm"])
             if self._on_progress:
                 self._on_progress(member.trial, line)
             if member.status == "diverged":
@@ -303,7 +296,7 @@ class _Pack:
         return step > 0 and step * n // steps > (step - 1) * n // steps
 
     def _validate(self, step: int, at_work: list[int]) -> None:
-        params = [self._state(place).params for place in at_work]
+        params = [self._trials.state(place).params for place in at_work]
         for place, found in zip(at_work, self._evaluator.each(params, self._members[0].watched)):
             self._members[place].validated(step, found)
 
@@ -343,12 +336,3 @@ class _Pack:
 
     def _wall_seconds(self, member: Member) -> float:
         return member.earlier_wall_seconds + (time.perf_counter() - self._started) / len(self._members)
-
-    def _state(self, place: int) -> State:
-        """Of one trial; alone, it is given up by the next step."""
-        state: State = self._states if self._alone else self._take(self._states, place)
-        return state
-
-    def _together(self, trees: Sequence[Any]) -> Any:
-        """One tree for all trials."""
-        return trees[0] if self._alone else jax.tree.map(lambda *x: np.stack(x), *trees)

@@ -132,25 +132,6 @@ def trial_step(model: Model, config: TrainConfig, steps: int, mesh: Mesh | None 
     return step
 
 
-def pack_step(step: TrialStep) -> Callable[..., tuple[State, Metrics]]:
-    """(at work [P] bool, states, batches, scalars) -> (states, metrics), all with a first axis of P trials.
-
-    A trial that is not at work keeps its state, and its metrics are zero. An accelerator takes all trials at once; a
-    CPU one after another, for what a trial works on then stays in its caches, and those not at work cost nothing.
-    """
-
-    step = jax.jit(step)  # traced once, for its shapes and itself
-
-    def one(at_work: jax.Array, *arguments: Any) -> tuple[State, Metrics]:
-        _, shapes = jax.eval_shape(step, *arguments)
-        idle = arguments[0], jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        return jax.lax.cond(at_work, lambda: step(*arguments), lambda: idle)
-
-    if target() == "cpu":
-        return lambda *pack: jax.lax.map(lambda own: one(*own), pack)
-    return jax.vmap(one)
-
-
 def training_step(
     model: Model,
     optimizer: optax.GradientTransformation,

@@ -17,7 +17,8 @@ from genrec_jax.train.estimate import abstract_model, init_params
 from genrec_jax.train.optimizer import make_optimizer, make_row_rule, scalars
 from genrec_jax.train.pack import check_pack, pack_key
 from genrec_jax.train.record import read_users
-from genrec_jax.train.step import init_state, pack_step, trial_step
+from genrec_jax.train.step import init_state, trial_step
+from genrec_jax.train.together import AtOnce, InTurn
 from tests.data.helpers import random_dataset
 from tests.train.helpers import Stopped, lines, trial_of, untimed
 
@@ -173,33 +174,45 @@ def test_a_trial_that_diverges_leaves_the_others_alone(sequences: Sequences, tmp
     assert_same_records(calm, tmp_path / calm.hash, tmp_path / "alone")
 
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu"])
-def test_a_step_of_a_pack_is_each_trials_own(
-    sequences: Sequences, monkeypatch: pytest.MonkeyPatch, platform: str
-) -> None:
+@pytest.mark.parametrize("kind", [InTurn, AtOnce])
+def test_a_step_of_a_pack_is_each_trials_own(sequences: Sequences, kind: type[InTurn] | type[AtOnce]) -> None:
     """One after another, as on a CPU, and all at once, as on an accelerator; who is not at work keeps every bit."""
-    monkeypatch.setattr("genrec_jax.train.step.target", lambda: platform)
     trials = [trial_of(sequences, "dlrm", **MODELS["dlrm"][1], **variant) for variant in (*VARIANTS, {"seed": 3})]
     optimizer, rule = make_optimizer(trials[0].train, 12), make_row_rule(trials[0].train, 12)
     states = [init_state(init_params(own, sequences.schema), optimizer, own.seed, rule) for own in trials]
     streams = [loop.TrainStream(sequences, own.data, own.model.rows, 8, seed=own.seed) for own in trials]
-    batches = [next(stream) for stream in streams]
+    batches = {place: next(stream) for place, stream in enumerate(streams)}
     for stream in streams:
         stream.close()
     values = [scalars(own.train) for own in trials]
     step = trial_step(abstract_model(trials[0], sequences.schema), trials[0].train, 12)
-    stacked = [jax.tree.map(lambda *x: np.stack(x), *given) for given in (states, batches, values)]
-    after, metrics = jax.jit(pack_step(step))(np.array([True, True, False]), *stacked)
     alone = jax.jit(step)
-    for place in range(2):
-        own, found = alone(states[place], batches[place], values[place])
-        for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(own), strict=True):
-            np.testing.assert_allclose(a[place], b, rtol=1e-4, atol=1e-6)
-        assert {name: float(x[place]) for name, x in metrics.items()} == pytest.approx(
-            {name: float(x) for name, x in found.items()}, rel=1e-5
-        )
-    for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(states[2]), strict=True):
-        np.testing.assert_array_equal(a[2], b)
+    expected = [alone(*own) for own in zip(states, batches.values(), values, strict=True)]
+    kept = jax.tree.map(np.array, states[2])
+    pack = kind(step, states, values)
+    at_work = {place: batches[place] for place in (0, 1)}
+    pack.compile(at_work)
+    pack.advance(at_work)
+    pack.wait()
+    for place in at_work:
+        own, found = expected[place]
+        for a, b in zip(jax.tree.leaves(pack.state(place)), jax.tree.leaves(own), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+        assert pack.metrics()[place] == pytest.approx({name: float(x) for name, x in found.items()}, rel=1e-5)
+    for a, b in zip(jax.tree.leaves(pack.state(2)), jax.tree.leaves(kept), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("alone", ["dlrm"], indirect=True)
+def test_all_at_once_is_what_each_trial_writes_alone(
+    alone: tuple[list[Trial], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on an accelerator, through a whole run."""
+    monkeypatch.setattr(loop, "target", lambda: "gpu")
+    trials, expected = alone
+    loop.train_pack(trials, folders(tmp_path, trials))
+    for trial in trials:
+        assert_same_records(trial, tmp_path / trial.hash, expected / trial.hash)
 
 
 def test_what_may_be_trained_together(sequences: Sequences) -> None:
