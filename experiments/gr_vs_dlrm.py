@@ -5,14 +5,14 @@
 Five families climb the same ladder of training compute: HSTU (generative, interleaved item and action tokens), DirL
 (one sequence of context, history and candidates, MMoE head), a softmax Transformer on DirL's layout (the control),
 DLRM and DCN-v2. Every family sees the same users, features and N = 64 past events, and is evaluated on the same
-held-out impressions after a global time split.
+held-out impressions: after a global time split, or of held-out users where the ladder says so.
 
 Small: seven sizes per family over 2.6 decades (2e10 to 8e12 FLOPs on MovieLens-1M), two seeds, 70 trials; 20 to 60
 minutes with two workers on two cores. Medium: one size more, 3.3 decades, one seed of it, an hour more; what the small
 budget's laws make of it can be recorded before it runs (--forecast). Large: the upper rungs, for accelerators.
 
 `--ladder growing` has eight rungs with all families at the same FLOPs, for logs of about 8 million events; `world` is
-the same with the rates of a synthetic world.
+the same with the rates of a synthetic world, `globo` for clicks on news.
 
 Expect the classical rankers ahead at small compute, where their numeric features do the work that a sequence model has
 yet to learn, and almost flat from there on; the sequence models go on gaining and catch up at the top.

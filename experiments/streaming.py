@@ -76,6 +76,8 @@ def _finished(folder: Path) -> Trial:
     trial = read_trial(folder)
     if trial.model.goal != "ranking":
         raise UserError(f"{folder} holds a retrieval trial: it is evaluated on users' last events, not over time")
+    if trial.data.split != "time":
+        raise UserError(f"{folder} holds a trial that was split by users: its training part reaches to the end")
     return trial
 
 

@@ -21,8 +21,9 @@ class DataConfig:
     """Which rows are cut from a dataset folder.
 
     path: folder made by ``genrec data import``. history: N, events a model may look back on. candidates: K per request.
-    segments: how many short histories may share one row. validation, test: shares of events, by global time (ranking;
-    retrieval holds out each user's last events instead). protocol: of retrieval. "honest" trains on all but a user's
+    segments: how many short histories may share one row. split: of ranking, by global "time", or by "users", which asks
+    nothing of the future; retrieval holds out each user's last events instead. validation, test: shares of the events,
+    or of the users. protocol: of retrieval. "honest" trains on all but a user's
     last two events and watches the last but one; "original", the public HSTU code's, trains on all but the last and
     watches that, which is the test event. fraction: share of users whose events are trained on.
     packing: how several segments come into a row. "pass" packs all rows once; a batch is ``batch_rows`` packed rows.
@@ -42,6 +43,7 @@ class DataConfig:
     segments: int = 1
     packing: Literal["pass", "batch"] = "pass"
     protocol: Literal["honest", "original"] = "honest"
+    split: Literal["time", "users"] = "time"
     validation: float = 0.1
     test: float = 0.1
     fraction: float = 1.0
@@ -258,6 +260,8 @@ def check(trial: Trial) -> None:
             f"configuration key 'data.stochastic_length' is for sequence models: {trial.model.name} pays little for "
             "its history and reads it as counts, which a thinned one gets wrong"
         )
+    if data.split == "users" and trial.model.goal == "retrieval":
+        raise UserError("configuration key 'data.split' can be 'users' for ranking alone")
     if data.protocol == "original" and (trial.model.goal != "retrieval" or train.select != "last"):
         raise UserError(
             "configuration key 'data.protocol' can be 'original' for retrieval alone, and with train.select=last: it "

@@ -49,12 +49,13 @@ def range_text(table: Table, name: str, label: str) -> str:
 
 
 def split_text(table: Table) -> str:
-    """The rule of the split: ranking is split at global times by share, retrieval leaves each user's last event out."""
+    """The rule of the split: ranking is split at global times or by users, by share; retrieval leaves each user's last
+    event out."""
     if not (table.has("validation") and table.has("test")):
         return NOT_RECORDED
-    shares = (
-        f"global time, validation share {values_text(table, 'validation')}, test share {values_text(table, 'test')}"
-    )
+    rules = {"time": "global time", "users": "users"}
+    rule = " and ".join(rules.get(name, name) for name in sorted(set(table.text("split", "time"))))
+    shares = f"{rule}, validation share {values_text(table, 'validation')}, test share {values_text(table, 'test')}"
     retrieval = [is_retrieval(metric) for metric in table.metrics()]
     if not any(retrieval):
         return shares

@@ -39,6 +39,7 @@ _DESIGN = frozenset(
         "beta1",
         "beta2",
         "clip",
+        "split",
         "validation",
         "test",
     ]

@@ -68,6 +68,7 @@ BAD = [
     ({"train.clip": -1}, "train.clip"),
     ({"train.decay": "linear"}, "train.decay"),
     ({"data.protocol": "original"}, "data.protocol"),
+    ({"data.split": "items"}, "data.split"),
     ({"train.beta1": 1.0}, "train.beta1"),
     ({"train.beta1": -0.1}, "train.beta1"),
     ({"train.beta2": 1.5}, "train.beta2"),

@@ -105,7 +105,7 @@ def names() -> list[str]:
 @functools.cache
 def read(name: str) -> Ladder:
     """The ladder of a name, or of a TOML file (``name`` ends in .toml). One that ``extends`` another has its rungs, and
-    the recipes that are not its own.
+    the recipes and the keys of [data] and [train] that are not its own.
 
     Raises UserError naming the file and the key for an unknown ladder and for a bad file.
     """
@@ -117,9 +117,12 @@ def read(name: str) -> Ladder:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not valid TOML: {error}") from None
     title, parent = record.pop("title", path.stem), record.pop("extends", None)
-    shared = {part: record.pop(part, None) for part in ("data", "train")}
-    if any(isinstance(keys, dict) != (parent is None) for keys in shared.values()):
-        raise UserError(f"{path}: a ladder has either sections [data] and [train] or a key extends")
+    shared = {part: record.pop(part, None if parent is None else {}) for part in ("data", "train")}
+    if not all(isinstance(keys, dict) for keys in shared.values()):
+        raise UserError(
+            f"{path}: a ladder has sections [data] and [train], or a key extends and what of them it changes"
+        )
+    base = {f"{part}.{key}": value for part, keys in shared.items() for key, value in keys.items()}
     sizes = {
         family: [_sizes(family, rung) for rung in own.pop("rungs")]
         for family, own in record.items()
@@ -128,8 +131,7 @@ def read(name: str) -> Ladder:
     recipes = {family: _recipe(path, family, own) for family, own in record.items()}
     if parent is not None:
         other = read(parent)
-        return Ladder(path.stem, title, other.base, {**other.recipes, **recipes}, {**other.sizes, **sizes})
-    base = {f"{part}.{key}": value for part, keys in shared.items() for key, value in keys.items()}
+        base, recipes, sizes = {**other.base, **base}, {**other.recipes, **recipes}, {**other.sizes, **sizes}
     return Ladder(path.stem, title, base, recipes, sizes)
 
 

@@ -21,7 +21,7 @@ from genrec_jax.data.packing import EMPTY, Assembler, plan_segments
 from genrec_jax.data.passes import Passes
 from genrec_jax.data.rows import RowTable
 from genrec_jax.data.sequences import Sequences
-from genrec_jax.data.splits import Part, Split, kept_users, split_by_time, split_last
+from genrec_jax.data.splits import Part, Split, kept_users, split_by_time, split_by_users, split_last
 from genrec_jax.errors import UserError
 from genrec_jax.models.base import Goal, Rows
 
@@ -55,7 +55,7 @@ class TrainStream:
 
         Raises UserError naming the dataset if a part is empty or no training row is left.
         """
-        split = _last_split(sequences, config) if kind == "users" else _time_split(sequences, config)
+        split = _last_split(sequences, config) if kind == "users" else _ranking_split(sequences, config)
         kept = kept_users(sequences.users, config.fraction)
         table = row_tables.training_rows(kind, sequences, split, kept, config.history, config.candidates)
         if not len(table):
@@ -282,7 +282,7 @@ def _evaluation_table(sequences: Sequences, config: DataConfig, goal: Goal, part
     if goal == "retrieval":
         rows = row_tables.next_item_rows(sequences, _last_split(sequences, config), part, config.history)
     else:
-        split = _time_split(sequences, config)
+        split = _ranking_split(sequences, config)
         rows = row_tables.request_rows(sequences, split, part, config.history, config.candidates)
     return row_tables.evaluation_rows(rows, config.eval_impressions)
 
@@ -298,5 +298,6 @@ def _last_split(sequences: Sequences, config: DataConfig) -> Split:
     return split_last(sequences, validation=config.protocol == "honest")
 
 
-def _time_split(sequences: Sequences, config: DataConfig) -> Split:
-    return split_by_time(sequences, config.validation, config.test)
+def _ranking_split(sequences: Sequences, config: DataConfig) -> Split:
+    split = split_by_time if config.split == "time" else split_by_users
+    return split(sequences, config.validation, config.test)

@@ -1,8 +1,10 @@
 """Which events are trained on, and which are evaluated.
 
 Ranking splits by global time: an event belongs to a part by its own time against two boundaries, so nothing trained on
-is later than anything evaluated. Retrieval holds out each user's last two events, or the last, as papers on sequential
-recommendation do (Kang & McAuley, SASRec, ICDM 2018). Either way a part is one contiguous range of every user's events.
+is later than anything evaluated. Or by users, where what is asked is not how well tomorrow is known: the parts are then
+of one distribution, as a law of compute wants them in a log that changes faster than it is long. Retrieval holds out
+each user's last two events, or the last, as papers on sequential recommendation do (Kang & McAuley, SASRec, ICDM 2018).
+Always a part is one contiguous range of every user's events.
 """
 
 import dataclasses
@@ -71,6 +73,22 @@ def split_at(sequences: Sequences, times: tuple[int, int]) -> Split:
     return Split(np.stack([first, *cuts, last]).astype(np.int64))
 
 
+def split_by_users(sequences: Sequences, validation: float, test: float) -> Split:
+    """All events of a share ``validation`` of the users, and of another share ``test``, are held out.
+
+    Fixed by the user's number, and nested: with a smaller ``test`` fewer of the same users are tested. Raises UserError
+    naming the dataset and the part if a part is empty.
+    """
+    first, last = sequences.offsets[:-1], sequences.offsets[1:]
+    uniform = _uniform(sequences.users, 0x5B117)
+    tested, watched = uniform < test, (uniform >= test) & (uniform < test + validation)
+    split = Split(
+        np.stack([first, np.where(tested | watched, first, last), np.where(tested, first, last), last]).astype(np.int64)
+    )
+    _refuse_empty(sequences, split, PARTS, "its users leave none; change data.validation or data.test")
+    return split
+
+
 def split_last(sequences: Sequences, *, validation: bool = True) -> Split:
     """Holds out each user's last event (test) and second-last (validation; without, it is trained on).
 
@@ -87,8 +105,13 @@ def split_last(sequences: Sequences, *, validation: bool = True) -> Split:
 
 def kept_users(users: int, fraction: float) -> np.ndarray:
     """[users] bool: the share of users that are trained on. Fixed, and nested: a smaller share is a subset."""
-    uniform = (hash64(np.arange(users), 0xDA7A) >> np.uint64(11)) * 2.0**-53
-    return uniform < fraction
+    return _uniform(users, 0xDA7A) < fraction
+
+
+def _uniform(users: int, salt: int) -> np.ndarray:
+    """[users] float64 in [0, 1), fixed."""
+    drawn: np.ndarray = (hash64(np.arange(users), salt) >> np.uint64(11)) * 2.0**-53
+    return drawn
 
 
 def hash64(value: np.ndarray, salt: int | np.ndarray = 0) -> np.ndarray:

@@ -219,6 +219,20 @@ def test_fraction_thins_training_and_leaves_evaluation_alone(sequences, stream_o
         stream_of(fraction=1e-9)
 
 
+@pytest.mark.parametrize("kind", ["requests", "windows"])
+def test_a_split_by_users_trains_on_some_and_evaluates_all_of_others(sequences, stream_of, kind):
+    shares = {"split": "users", "validation": 0.2, "test": 0.3, "eval_impressions": 10_000}
+    stream = stream_of(kind, batch_rows=1, **shares)
+    trained = take(stream, len(stream.passes[0].plan))
+    config = dataclasses.replace(CONFIG, **shares)
+    parts = [list(evaluation_batches(sequences, config, "ranking", part, 2)) for part in ("validation", "test")]
+    users = [{int(user) for b in batches for user in b.user.ravel() if user >= 0} for batches in (trained, *parts)]
+    assert all(users)
+    assert sum(map(len, users)) == len(set().union(*users)) == np.count_nonzero(np.diff(sequences.offsets))
+    events = [len(supervised_items(batches)) for batches in (trained, *parts)]
+    assert sum(events) == sequences.events
+
+
 @pytest.mark.parametrize("segments", [1, 3])
 def test_resumed_stream_equals_the_uninterrupted_one(stream_of, segments):
     whole = take(stream_of("windows", segments=segments), 12)

@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from genrec_jax.data.splits import PARTS, hash64, kept_users, split_by_time, split_last
+from genrec_jax.data.splits import PARTS, hash64, kept_users, split_by_time, split_by_users, split_last
 from genrec_jax.errors import UserError
 from tests.data.helpers import dataset, random_dataset
 
@@ -40,6 +40,33 @@ def test_time_split_parts_are_ordered_and_of_the_asked_size(tmp_path):
     assert sum(map(len, times.values())) == sequences.events
     assert len(times["test"]) == pytest.approx(0.2 * sequences.events, rel=0.1)
     assert len(times["validation"]) == pytest.approx(0.1 * sequences.events, rel=0.2)
+
+
+def test_users_are_held_out_whole(tmp_path):
+    sequences = random_dataset(tmp_path / "d", users=400)
+    split = split_by_users(sequences, 0.1, 0.2)
+    held = {}
+    for part in PARTS:
+        start, stop = split.ranges(part)
+        held[part] = set(np.flatnonzero(stop > start).tolist())
+        for user in held[part]:
+            assert (start[user], stop[user]) == (sequences.offsets[user], sequences.offsets[user + 1])
+    active = set(np.flatnonzero(np.diff(sequences.offsets)).tolist())
+    assert held["train"] | held["validation"] | held["test"] == active
+    assert sum(map(len, held.values())) == len(active)
+    assert len(held["validation"]) == pytest.approx(40, abs=20)
+    assert len(held["test"]) == pytest.approx(80, abs=25)
+    start, stop = split_by_users(sequences, 0.1, 0.05).ranges("test")
+    fewer = set(np.flatnonzero(stop > start).tolist())
+    assert fewer < held["test"]
+    kept = kept_users(sequences.users, 0.5)  # of data.fraction: another draw
+    assert kept[list(held["test"])].mean() == pytest.approx(0.5, abs=0.2)
+
+
+def test_a_split_by_users_without_users_for_a_part_is_refused(tmp_path):
+    sequences = dataset(tmp_path / "d", [[0, 1, 2]])
+    with pytest.raises(UserError, match=r"has no .* events: its users leave none"):
+        split_by_users(sequences, 0.1, 0.1)
 
 
 def test_last_two_events_are_held_out(tmp_path):

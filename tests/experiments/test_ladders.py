@@ -34,6 +34,15 @@ def test_a_ladder_that_extends_another_has_its_rungs() -> None:
     assert {point.values["model.base_width"] for point in mup.rungs("dirl", 0, 10)} == {32}
 
 
+def test_a_ladder_that_extends_another_may_set_keys_anew(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text('extends = "tuned"\n[train]\nwarmup = 0.1\n[data]\ntest = 0.03\n', encoding="utf-8")
+    mine = read(str(file))
+    assert mine.base == {**LADDER.base, "train.warmup": 0.1, "data.test": 0.03}
+    assert (mine.recipes, mine.sizes) == (LADDER.recipes, LADDER.sizes)
+    assert mine.mark.partition("@")[2] != LADDER.mark.partition("@")[2]
+
+
 def test_mup_leaves_the_rate_alone_and_sets_the_base() -> None:
     found = Recipe(0.02, 0.0, 0.0, 16, base_width=32, base_depth=2).training(512)
     assert found["train.learning_rate"] == 0.02
@@ -75,6 +84,7 @@ def test_the_mark_is_of_everything_that_is_set() -> None:
     assert read("mup").mark == "mup@58aef3cf3ddf"
     assert read("growing").mark == "growing@9b4ad13eb1e5"
     assert read("world").mark == "world@3ad5c09447a5"
+    assert read("globo").mark == "globo@612594692bfd"
     changed: list[Ladder] = [
         dataclasses.replace(LADDER, base={**LADDER.base, "train.warmup": 0.1}),
         dataclasses.replace(LADDER, recipes={**LADDER.recipes, "din": Recipe(0.01, 0.5, 0.0, 32)}),
@@ -114,14 +124,14 @@ def test_a_file_of_ones_own_is_a_ladder_too(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("[hstu", "is not valid TOML"),
-        ("[data]\nhistory = 8", "either sections"),
-        ('extends = "tuned"\n[train]\nwarmup = 0.1', "either sections"),
+        ("[data]\nhistory = 8", r"sections \[data\] and \[train\]"),
+        ('extends = "tuned"\ntrain = 0.1', r"sections \[data\] and \[train\]"),
         ('extends = "tuned"\nwidth = 3', "'width' is neither a key of a ladder nor a model"),
         ('extends = "tuned"\n[hsut]\npower = 1', "'hsut' is neither a key of a ladder nor a model"),
         ('extends = "tuned"\n[hstu]\npower = 1.0', r"\[hstu\] must have a number 'learning_rate'"),
         ('extends = "tuned"\n[hstu]\nrate = 1.0', r"\[hstu\] has an unknown key 'rate'"),
         ('extends = "tuned"\n[hstu]\nrungs = [{ width = 8 }]', "a list of tables with a width and a depth"),
-        ('extends = "tunde"', "there is no ladder 'tunde'; give one of growing, mup, tuned, world"),
+        ('extends = "tunde"', "there is no ladder 'tunde'; give one of globo, growing, mup, tuned, world"),
     ],
 )
 def test_a_bad_file_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:

@@ -75,6 +75,13 @@ def test_a_retrieval_trial_is_refused(study: Path, tmp_path: Path, monkeypatch: 
         stream_command([next((study / "trials").iterdir())], tmp_path / "out", "1d", 0.1)
 
 
+def test_a_trial_split_by_users_is_refused(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = override(default_trial("dlrm"), {"data.split": "users"})
+    monkeypatch.setattr(streaming, "read_trial", lambda _: trial)
+    with pytest.raises(UserError, match="split by users"):
+        stream_command([next((study / "trials").iterdir())], tmp_path / "out", "1d", 0.1)
+
+
 @pytest.mark.parametrize(
     ("text", "seconds"), [("1d", 86400), ("12h", 43200), ("2w", 1209600), ("90s", 90), ("5m", 300)]
 )

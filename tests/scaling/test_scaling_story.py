@@ -318,6 +318,8 @@ def test_the_laws_and_the_protocol_are_told() -> None:
     assert steps["Trials"].startswith("12 trials (12 done) of 2 families: dlrm, hstu. Configurations of a family: 6;")
     assert "1e+10 to 1e+15 (5.0 decades)" in steps["Training"]
     assert "impressions scored: 321; split: global time, validation share 0.1, test share 0.2" in steps["Scoring"]
+    by_users = dict(protocol(analysis, table(*falling("dlrm", 0.9, 0.01, split="users", **extra))))
+    assert "split: users, validation share 0.1, test share 0.2" in by_users["Scoring"]
     assert "bootstrap" in steps["Fitting"]
     assert question(analysis) == "How does NE change with training compute C (FLOPs), for each family: dlrm, hstu?"
     laws = laws_table(analysis.panels[0])

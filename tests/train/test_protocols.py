@@ -110,6 +110,8 @@ def test_the_original_protocol_watches_the_test_part(sequences: Sequences, tmp_p
         override(trial, {"train.select": "best"})
     with pytest.raises(UserError, match=r"data\.protocol"):
         trial_of(sequences, **{"data.protocol": "original"})
+    with pytest.raises(UserError, match=r"'data\.split' can be 'users' for ranking alone"):
+        override(trial, {"data.split": "users"})
 
 
 # With this seed the best of the validations is neither the first nor the last.
