@@ -57,6 +57,7 @@ def train_command(
     from genrec_jax.distributed.processes import join, leads, mesh_of_all, together
     from genrec_jax.train.cache import enable_compilation_cache
     from genrec_jax.train.loop import train
+    from genrec_jax.train.memory import keep_freed_memory
 
     sizes = None if mesh is None else parse_mesh(mesh)
     if distributed is not None:
@@ -64,6 +65,7 @@ def train_command(
     devices = mesh_of_all(sizes) if distributed is not None else None if sizes is None else make_mesh(sizes)
     work = functools.partial(train, trial, mesh=devices, remat=remat, offload=offload is not None)
     enable_compilation_cache()
+    keep_freed_memory()
     if not leads():
         with together(), at_hand(out) as folder:
             work(folder)

@@ -22,6 +22,7 @@ from genrec_jax.config import Trial
 from genrec_jax.distributed.mesh import make_mesh, parse_mesh
 from genrec_jax.errors import UserError
 from genrec_jax.train.cache import enable_compilation_cache
+from genrec_jax.train.memory import keep_freed_memory
 from genrec_jax.train.mirror import at_hand
 from genrec_jax.train.places import Place, beside
 
@@ -44,6 +45,7 @@ def work(task: Task, channel: Connection) -> None:
     if task.cpus:
         os.sched_setaffinity(0, task.cpus)
     enable_compilation_cache()
+    keep_freed_memory()
     try:
         with contextlib.ExitStack() as held, _traceback():  # in the log, while that is at hand
             os.chdir(task.cwd)
