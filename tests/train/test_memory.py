@@ -12,6 +12,7 @@ from genrec_jax.train.memory import keep_freed_memory
 if {keep}:
     keep_freed_memory()
 c = ctypes.CDLL(None)
+c.prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: a huge page would be one fault
 c.malloc.restype, c.malloc.argtypes, c.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
 size, faults = 200 << 20, []
 
