@@ -17,7 +17,7 @@ Protocol = Literal["original", "honest"]
 PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
 # Keys that a recipe does not fix: where the data lie, how the machine works, ranking's split, and the protocol's own.
 LEFT_OPEN = frozenset(
-    {"seed", "data.path", "data.digest", "data.workers", "data.validation", "data.test", "data.protocol"}
+    {"seed", "data.path", "data.digest", "data.workers", "data.split", "data.validation", "data.test", "data.protocol"}
     | {"train.select", "train.report_test", "train.steps"}
     | {"train.log_every", "train.checkpoint_every", "train.checkpoint_seconds"}
 )
