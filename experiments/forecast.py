@@ -30,8 +30,8 @@ def write_forecasts(study: Study, planned: Sequence[PlannedTrial], out: Place) -
     left = [one for one in planned if one.trial.hash not in known and not _begun(trial_folder(out, one.trial.hash))]
     if not left:
         raise UserError(f"{out}: every trial of this budget has begun or been forecast already")
-    laws, trials, reach = _laws(study, left, out)
-    rows = [_row(study, one, laws, trials, reach) for one in left if (one.family, one.cost) in laws]
+    laws, trials = _laws(study, left, out)
+    rows = [_row(study, one, laws[one.family, one.cost], trials) for one in left if (one.family, one.cost) in laws]
     if not rows:
         raise UserError(f"{out}: no family of the trials to come has enough finished ones for a law")
     write_json(out / _FILE, {"forecasts": earlier + rows})
@@ -66,8 +66,9 @@ def _begun(folder: Place) -> bool:
 
 def _laws(
     study: Study, left: Sequence[PlannedTrial], out: Place
-) -> tuple[dict[tuple[str, float], tuple[str, Any]], int, float]:
-    """(form, prediction) by family and FLOPs; how many finished trials say so, and the most FLOPs of one."""
+) -> tuple[dict[tuple[str, float | None], tuple[str, Any, float]], int]:
+    """(form, prediction, most FLOPs of a finished trial of the family) by family and FLOPs; and how many trials have
+    finished, of all families."""
     costs = sorted({one.cost for one in left if one.cost is not None})
     if not (out / "results.csv").is_file():
         raise UserError(f"{out} has no finished trials to forecast from: run a smaller budget first")
@@ -75,21 +76,17 @@ def _laws(
         table = scaling.read_table([here])
     table = table.where(np.array([name == study.name for name in table.text("study")]))
     analysis = scaling.analyse(table, study.metric, predict_at=costs, axes=False)
-    found = {}
+    found: dict[tuple[str, float | None], tuple[str, Any, float]] = {}
     for panel in analysis.panels:
         for family in panel.families:
             for said in family.predictions:
                 if said.one_run is not None:
-                    found[family.name, said.x] = (str(family.chosen), said)
-    reach = max(float(family.points.x.max()) for panel in analysis.panels for family in panel.families)
-    return found, analysis.counts.get("done", 0), reach
+                    found[family.name, said.x] = (str(family.chosen), said, float(family.points.x.max()))
+    return found, analysis.counts.get("done", 0)
 
 
-def _row(
-    study: Study, one: PlannedTrial, laws: Mapping[tuple[str, float], tuple[str, Any]], trials: int, reach: float
-) -> dict[str, Any]:
-    assert one.cost is not None
-    form, said = laws[one.family, one.cost]
+def _row(study: Study, one: PlannedTrial, law: tuple[str, Any, float], trials: int) -> dict[str, Any]:
+    form, said, reach = law
     return {
         "trial": one.trial.hash,
         "name": one.name,
@@ -107,7 +104,7 @@ def _row(
 
 def _line(row: Mapping[str, Any]) -> str:
     beyond = row["train_flops"] / row["from_flops"]
-    far = f", {beyond:.1f} times the largest trained" if beyond > 1 else ""
+    far = f", {beyond:.1f} times its family's largest trained" if beyond > 1 else ""
     made = f"forecast on {row['made'][:10]} from {row['from_trials']} trials by {row['form']}"
     said = f"{row['value']:.4f} ({row['low']:.4f} to {row['high']:.4f})"
     return f"{row['name']} ({row['train_flops']:.2e} FLOPs{far}), {made}: {said}"

@@ -57,10 +57,20 @@ def test_a_forecast_is_the_law_at_the_trials_own_flops_and_made_once(out: Path) 
         assert row["high"] - row["low"] < 0.01
         assert (row["from_trials"], row["from_flops"]) == (7, 1e10 * 4.0**6)
         assert f"{row['value']:.4f} ({row['low']:.4f} to {row['high']:.4f})" in line
-    assert "4.0 times the largest trained" in said[0]
+    assert "4.0 times its family's largest trained" in said[0]
     with pytest.raises(UserError, match="has begun or been forecast already"):
         write_forecasts(STUDY, every, out)
     assert (read_record(out / "forecast.json") or {})["forecasts"] == rows
+
+
+def test_how_far_a_forecast_reaches_is_told_from_its_own_family(out: Path) -> None:
+    for rung in range(5):
+        run(out, planned("dlrm", rung, seed=1), law(1e10 * 4.0**rung) * (1 + 1e-4 * (-1) ** rung))
+    rebuild_table(out)
+    said = write_forecasts(STUDY, [planned("hstu", 7), planned("dlrm", 7, seed=1)], out)
+    assert "4.0 times its family's largest trained" in said[0]
+    assert "64.0 times its family's largest trained" in said[1]
+    assert all("from 12 trials" in line for line in said)
 
 
 def test_what_came_of_them(out: Path) -> None:
