@@ -10,9 +10,13 @@ negatives are one request, in random order, and later requests have all of them 
 The past must not give the label away. So what the user clicked before is neither shown nor clicked again (a second
 click is left out), and what the user will click later may well be shown: otherwise a thing once shown in vain would be
 known never to be clicked.
+
+Every item of a request has the features of the click (where it came from, on what device). ``--without`` leaves out
+those that a server would not know yet, or whose worth is to be told by their absence.
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,19 +33,33 @@ _ROUNDS = 100  # of drawing again what may not stand beside a click
 
 
 def sample_negatives(
-    sequences: Sequences, out: Path, *, negatives: int = 3, recent: int = 5000, users: float = 1.0, seed: int = 0
+    sequences: Sequences,
+    out: Path,
+    *,
+    negatives: int = 3,
+    recent: int = 5000,
+    users: float = 1.0,
+    seed: int = 0,
+    without: Sequence[str] = (),
 ) -> Sequences:
     """Writes the dataset: for each click of a share ``users`` of the users, ``negatives`` distinct items from among
-    the ``recent`` clicks of all users before it, none of which the user has clicked by then.
+    the ``recent`` clicks of all users before it, none of which the user has clicked by then. Features named in
+    ``without`` are left out; the draw does not depend on them.
 
     Left out: the first ``recent`` clicks of the log, which have too few before them; a user's second click on an item;
     clicks whose recent items are the user's own but for a few. Raises UserError for a dataset with labels or requests,
-    for numbers that make no sense, and if no click is left.
+    for numbers that make no sense, for a feature that is not there, and if no click is left.
     """
     if sequences.schema.tasks or sequences.request is not None:
         raise UserError(f"dataset {sequences.name!r} has labels or requests: what was shown is known")
     if negatives < 1 or recent < negatives or not 0 < users <= 1:
         raise UserError("--negatives must be 1 at least, --recent no less than that, --users a share in (0, 1]")
+    known = [feature.name for feature in sequences.schema.features]
+    if unknown := [name for name in without if name not in known]:
+        raise UserError(
+            f"dataset {sequences.name!r} has no feature {unknown[0]!r}; it has {', '.join(known) or 'none'}"
+        )
+    features = tuple(feature for feature in sequences.schema.features if feature.name not in without)
     kept = kept_users(sequences.users, users)
     owner = np.repeat(np.arange(sequences.users), np.diff(sequences.offsets))
     item = np.asarray(sequences.item).astype(np.int64)
@@ -64,14 +82,14 @@ def sample_negatives(
     return save(
         out,
         name=f"{sequences.name}, sampled negatives",
-        schema=Schema(sequences.schema.items, ("click",), sequences.schema.features),
+        schema=Schema(sequences.schema.items, ("click",), features),
         origin=sequences.origin,
         offsets=np.concatenate([[0], np.cumsum(counts)]),
         item=np.take_along_axis(shown, shuffled, axis=1).ravel(),
         time=np.asarray(sequences.time)[several],
         labels=(shuffled == 0).reshape(-1, 1),
         request=np.repeat(np.arange(len(clicks)), negatives + 1),
-        features={f.name: np.asarray(sequences.features[f.name])[rows[f.level]] for f in sequences.schema.features},
+        features={f.name: np.asarray(sequences.features[f.name])[rows[f.level]] for f in features},
         source={
             "from": sequences.digest,
             "clicks": len(clicks),
@@ -80,6 +98,7 @@ def sample_negatives(
                 "stand in for it, none of them clicked by the same user before."
             ],
             **{"negatives": negatives, "recent": recent, "users": users, "seed": seed},
+            **({"without": sorted(without)} if without else {}),
         },
     )
 
@@ -133,6 +152,7 @@ def main(
     recent: int = 5000,
     users: float = 1.0,
     seed: int = 0,
+    without: tuple[str, ...] = (),
 ) -> int:
     """Write the clicks of DATA (a dataset folder, or that of a known raw dataset) with sampled negatives to OUT.
 
@@ -143,9 +163,13 @@ def main(
         recent: Clicks of all users before it that they are drawn from.
         users: Share of the users whose clicks are written.
         seed: Of the draw.
+        without: Features to leave out.
     """
     try:
-        made = sample_negatives(load(load_any(data)), out, negatives=negatives, recent=recent, users=users, seed=seed)
+        clicks = load(load_any(data))
+        made = sample_negatives(
+            clicks, out, negatives=negatives, recent=recent, users=users, seed=seed, without=without
+        )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

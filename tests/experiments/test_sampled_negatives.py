@@ -92,6 +92,15 @@ def test_features_go_with_their_users_items_and_clicks(clicks: Sequences, tmp_pa
     np.testing.assert_array_equal(made.features["topic"], clicks.features["topic"])
 
 
+def test_the_draw_does_not_depend_on_the_features_left_out(clicks: Sequences, tmp_path: Path) -> None:
+    whole = sample_negatives(clicks, tmp_path / "whole", recent=50)
+    bare = sample_negatives(clicks, tmp_path / "bare", recent=50, without=("device", "region"))
+    assert [f.name for f in bare.schema.features] == ["topic"] == list(bare.features)
+    np.testing.assert_array_equal(bare.item, whole.item)
+    np.testing.assert_array_equal(bare.labels, whole.labels)
+    assert bare.digest != whole.digest
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -99,6 +108,7 @@ def test_features_go_with_their_users_items_and_clicks(clicks: Sequences, tmp_pa
         ({"recent": 2}, "--recent no less than that"),
         ({"users": 0.0}, r"a share in \(0, 1\]"),
         ({"negatives": 30, "recent": 100}, "no click has 30 other items among the 100 before"),
+        ({"without": ("device", "age")}, "no feature 'age'; it has region, topic, device"),
     ],
 )
 def test_numbers_that_make_no_sense_are_refused(clicks: Sequences, tmp_path: Path, options, message) -> None:
