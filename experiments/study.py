@@ -61,8 +61,9 @@ class Study:
 
     @property
     def question(self) -> str:
-        """``doc`` without the command that stands in it."""
-        return "\n\n".join(part for part in self.doc.split("\n\n") if not part.startswith("    "))
+        """``doc`` without the commands that stand in it; an equation stays."""
+        commands = ("    python -m ", "    genrec ", "    make ")
+        return "\n\n".join(part for part in self.doc.split("\n\n") if not part.startswith(commands))
 
     def on(self, ladder: Ladder) -> "Study":
         """The study by another ladder. Raises UserError for a study that follows none."""

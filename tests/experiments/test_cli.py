@@ -247,9 +247,9 @@ def test_a_page_names_the_command_without_the_places_of_this_machine() -> None:
     said = "genrec sweep gr_vs_dlrm --data log --budget medium --ladder steep.toml --set data.test=0.03"
     assert rules.command("gr_vs_dlrm", Path("/somewhere/log"), "medium") == said
     assert Rules().command("depth", Path("a b"), "small") == "genrec sweep depth --data 'a b' --budget small"
-    question = studies()["gr_vs_dlrm"].question
-    assert question.startswith("GR against DLRM")
-    assert "python -m" not in question
+    assert studies()["gr_vs_dlrm"].question.startswith("GR against DLRM")
+    assert not [name for name, study in studies().items() if "\n    python -m" in study.question]
+    assert "\n    NE = E + A P^-alpha + B D^-beta + G N^-gamma\n" in studies()["history_vs_depth"].question
 
 
 def test_the_search_for_studies_leaves_signals_alone() -> None:
