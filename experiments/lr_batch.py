@@ -1,12 +1,12 @@
 """Learning rates and batches: how does the best learning rate go with the rows of a batch?
 
-    python -m experiments.lr_batch --data DATA --budget small --workers 2
+    python -m experiments.lr_batch --data DATA --budget small --workers 2 --pack 7
     python -m experiments.lr_figure RUNS --out docs/mup --name lr_batch
 
 HSTU, DirL and the Transformer of width 64, two blocks, under muP, with 8 to 64 rows in a batch and as many rows in all:
 400 steps of 8 rows, 50 of 64. Otherwise as experiments/lr_transfer.py.
 
-Small: 84 trials, about fifteen minutes with two workers on two cores.
+Small: 84 trials, about six minutes with two workers on two cores.
 
 Expect the best rate to go with the square root of the batch (Malladi et al., 2022), a factor of 2.8 over the range,
 until steps are too few.
