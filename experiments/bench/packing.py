@@ -26,9 +26,8 @@ def _study(family: str, first_seed: int) -> Study:
     """``TRIALS`` trials of rung s0; weight decay stands for what a search varies, for the recipe fixes the rates."""
     numbers = range(first_seed, first_seed + TRIALS)
     varied = zipped(param("seed", list(numbers)), param("train.weight_decay", [0.001 * (n + 1) for n in numbers]))
-    return Study(
-        "packing", "Packing", "", {"small": LADDER.rungs(family, 0, 0) * varied}, "ne", "train_flops", LADDER.base
-    )
+    base = {key: value for key, value in LADDER.base.items() if key != "train.weight_decay"}
+    return Study("packing", "Packing", "", {"small": LADDER.rungs(family, 0, 0) * varied}, "ne", "train_flops", base)
 
 
 def _sweep(study: Study, dataset: Dataset, out: Path, pack: int) -> dict[str, float]:
