@@ -76,9 +76,11 @@ def fit_law_and_print(
             console.print(f"  {warning['code']}: {warning['text']}")
 
 
-def advise_and_print(tables: Sequence[Path], budget: float, y: str | None, out: Path | None) -> None:
-    """What each family would do with a budget, best first."""
-    (advice,) = scaling.recommend(list(tables), [budget], y)
+def advise_and_print(
+    tables: Sequence[Path], budget: float, y: str | None, names: Mapping[str, str], out: Path | None
+) -> None:
+    """What each family would do with a budget, best first; ``names`` as of `scaling.recommend`."""
+    (advice,) = scaling.recommend(list(tables), [budget], y, names=names)
     if out is not None:
         scaling.write_json(out, {"budget": budget, "advice": [one.to_json() for one in advice]})
     console = Console(highlight=False, soft_wrap=True)

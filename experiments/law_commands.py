@@ -74,7 +74,16 @@ def fit(
 
 
 def recommend(
-    tables: Positional[tuple[Path, ...]], *, budget: float, y: str | None = None, json: Path | None = None
+    tables: Positional[tuple[Path, ...]],
+    *,
+    budget: float,
+    y: str | None = None,
+    x: str = "train_flops",
+    group: str = "family",
+    n: str = "dense_params",
+    d: str = "targets",
+    h: str = "history",
+    json: Path | None = None,
 ) -> None:
     """Say what to train with a budget of FLOPs, by the laws of results tables, and what to expect of it.
 
@@ -82,11 +91,17 @@ def recommend(
         tables: Results tables, or folders of studies.
         budget: Training FLOPs.
         y: Metric column (default: ne, else logloss, else hr@10).
+        x: Column of training FLOPs.
+        group: Column that tells families apart; a table without the column family is one family.
+        n: Column of parameters.
+        d: Column of targets (tokens) trained on.
+        h: Column of history lengths.
         json: Write it here, too.
     """
     from experiments.fitting import advise_and_print
 
-    advise_and_print(tables, budget, y, json)
+    names = {x: "train_flops", group: "family", n: "dense_params", d: "targets", h: "history"}
+    advise_and_print(tables, budget, y, names, json)
 
 
 def report(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +29,7 @@ class Advice:
 
     sizes: dense parameters, targets and history length, by column, with 95 % intervals where the joint law gives them.
     shape: the columns ``model.*`` of a model of that size. metric, interval: of one run with the budget. nearest: the
-    label of the configuration trained that spent most nearly as much. law: which one says so.
+    label of the configuration trained that spent most nearly as much, or its FLOPs. law: which one says so.
     """
 
     study: str
@@ -59,7 +59,12 @@ class Advice:
 
 
 def recommend(
-    tables: Sequence[Path], budgets: Sequence[float], metric: str | None = None, *, n_boot: int = 1000
+    tables: Sequence[Path],
+    budgets: Sequence[float],
+    metric: str | None = None,
+    *,
+    names: Mapping[str, str] | None = None,
+    n_boot: int = 1000,
 ) -> list[list[Advice]]:
     """For every budget: for every family of every study, the best expected metric of each study first.
 
@@ -70,15 +75,17 @@ def recommend(
         tables: results tables, or folders of studies.
         budgets: training FLOPs of each.
         metric: a column; None for each study's default.
+        names: what a table of other origin calls the columns of ours, its name to ours (``family``, ``train_flops``,
+            ``dense_params``, ``targets``, ``history``).
         n_boot: draws of each law.
 
     Raises:
-        TableError: a budget that is not positive, or no family with a law in compute.
+        TableError: a budget that is not positive, a column that is missing, or no family with a law in compute.
     """
     for budget in budgets:
         if not budget > 0:
             raise TableError(f"a budget is a positive number of FLOPs, not {budget:g}")
-    table = read_table(list(tables))
+    table = read_table(list(tables)).renamed(names or {})
     every = analyse(table, metric, n_boot=n_boot)
     panels = [panel for panel in every.panels if panel.axis is None and not panel.plain]
     envelopes: dict[tuple[str, str, str], FamilyResult] = {}
@@ -107,7 +114,8 @@ def _advice(
     study: str, dataset: str, family: FamilyResult, envelopes: dict[tuple[str, str, str], FamilyResult], budget: float
 ) -> Advice | None:
     """By the joint law, else by the law of the best configurations, else by that of all."""
-    nearest = family.points.labels[int(np.argmin(np.abs(np.log(family.points.x / budget))))]
+    at = int(np.argmin(np.abs(np.log(family.points.x / budget))))
+    nearest = family.points.labels[at] or f"{family.points.x[at]:.3g} FLOPs"
     if family.joint is not None:
         return _by_joint_law(study, dataset, family, family.joint, budget, nearest)
     envelope = envelopes.get((study, dataset, family.name))

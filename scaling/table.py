@@ -12,7 +12,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +108,22 @@ class Table:
     def with_column(self, name: str, value: str) -> Table:
         """The table with one more column, the same in every row."""
         return Table([*self.columns, name], [{**row, name: value} for row in self.rows], self.origins)
+
+    def renamed(self, names: Mapping[str, str]) -> Table:
+        """The table with the columns `names` (old to new) under their new names, in place of others of those names.
+
+        Raises:
+            TableError: a column is missing, or a word is in one that is now numeric.
+        """
+        names = {old: new for old, new in names.items() if old != new}
+        self.require(*names)
+        kept = [c for c in self.columns if c in names or c not in names.values()]
+        rows = [{names.get(c, c): row.get(c, "") for c in kept} for row in self.rows]
+        table = Table([names.get(c, c) for c in kept], rows, self.origins)
+        for old, new in names.items():
+            if new in NUMERIC:
+                self.numbers(old)
+        return table
 
     def distinct(self, column: str) -> list[str]:
         """The distinct non-empty values of a column, in first-seen order."""

@@ -169,3 +169,26 @@ def test_a_budget_without_a_joint_law_follows_the_best_configurations(tmp_path: 
     assert (inside.nearest, one.nearest) == ("s5", "s7")
     outside = [[w.code for w in advice.warnings].count("far_extrapolation") for advice in (inside, one, far)]
     assert outside == [0, 0, 1]
+
+
+def test_a_budget_is_spent_by_a_table_that_names_its_columns_otherwise(tmp_path: Path) -> None:
+    """The same advice; a column that is missing or holds a word is refused by its own name."""
+    own = study(tmp_path / "s.csv")
+    header, *rows = own.read_text(encoding="utf-8").splitlines()
+    names = {"N": "dense_params", "D": "targets", "C": "train_flops", "kind": "family"}
+    for new, old in names.items():
+        header = header.replace(old, new)
+    other = tmp_path / "o.csv"
+    other.write_text("\n".join([header, *rows]) + "\n", encoding="utf-8")
+    assert recommend([other], [1e15], names=names, n_boot=60) == recommend([own], [1e15], n_boot=60)
+    with pytest.raises(TableError, match="the column 'params' is missing"):
+        recommend([other], [1e15], names={**names, "params": "dense_params"})
+    with pytest.raises(TableError, match="line 2: 'hstu' in the column 'kind' is not a number"):
+        recommend([other], [1e15], names={"kind": "targets"})
+
+
+def test_what_a_budget_is_nearest_to_has_a_name_without_labels(tmp_path: Path) -> None:
+    x = np.geomspace(1e10, 1e14, 8)
+    table(tmp_path / "c.csv", compute=x, loss=0.7 + 5 * x**-0.15)
+    ((one,),) = recommend([tmp_path / "c.csv"], [1e15], "loss", names={"compute": "train_flops"}, n_boot=60)
+    assert (one.family, one.nearest) == ("all runs", "1e+14 FLOPs")
