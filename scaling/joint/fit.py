@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 import numpy as np
+from scipy import stats
 from scipy.optimize import nnls
 
 from scaling.fit import MAX_CONDITION, Warn
@@ -16,6 +17,7 @@ from scaling.table import FloatArray, TableError
 _GRID = {1: 33, 2: 16, 3: 9}  # exponents tried a side, by their number
 _STARTS = 6
 _CORRELATION, _DISTINCT = 0.99, 3
+_CHANCE, _SMALLEST = 1e-3, 1e-4  # a bend that noise makes more often, or this small a part of the loss, is not told
 _LABELS = {"n": "N", "d": "D", "h": "H", "u": "the unique targets"}
 
 
@@ -110,7 +112,7 @@ def result(model: Model, data: Data, y: FloatArray, theta: FloatArray, estimator
         gradient=_gradient(residuals, slopes, estimator) / max(objective, 1e-300),
         condition=condition,
         residuals=residuals,
-        warnings=tuple(_cautions(model, data, y, theta, condition)),
+        warnings=(*_cautions(model, data, y, theta, condition), *_bends(model, y, slopes, residuals, estimator)),
     )
 
 
@@ -209,4 +211,29 @@ def _cautions(model: Model, data: Data, y: FloatArray, theta: FloatArray, condit
             found.append(Warn("at_bound", f"the exponent {name} = {value:.3g} describes no power law of these runs"))
     if condition > MAX_CONDITION:
         found.append(Warn("ill_conditioned", f"condition number {condition:.1e}: parameters trade off"))
+    return found
+
+
+def _bends(model: Model, y: FloatArray, slopes: FloatArray, residuals: FloatArray, estimator: Estimator) -> list[Warn]:
+    """Of each size along which the runs curve away from the law: its logarithm squared is one more regressor, what the
+    parameters can do is taken out of it, and errors may differ from run to run (HC3, MacKinnon and White 1985)."""
+    found = []
+    for name in model.law.variables:
+        square = (model.logs[name] - model.logs[name].mean()) ** 2
+        free = len(residuals) - slopes.shape[1] - 1
+        if name == "u" or free < 3:
+            continue
+        own = square - slopes @ np.linalg.lstsq(slopes, square, rcond=None)[0]
+        if np.linalg.norm(own) < 1e-6 * np.linalg.norm(square):
+            continue
+        basis, _ = np.linalg.qr(np.column_stack([slopes, square]))
+        errors = residuals - basis @ (basis.T @ residuals)
+        errors /= np.maximum(1 - np.sum(basis**2, axis=1), 1e-3)
+        bend = -(own @ residuals) / (own @ own)
+        spread = float(np.linalg.norm(own * errors)) / (own @ own)
+        most = float(np.max(np.abs(bend * own / (1.0 if estimator.log else y))))
+        if abs(bend) > spread * stats.t.isf(_CHANCE / 2, free) and most > _SMALLEST:
+            side = "above" if bend > 0 else "below"
+            how = f"runs bend away from the law along {_LABELS[name]}, {side} it at both ends, by up to {most:.2%}"
+            found.append(Warn("bent", f"{how}: what it says beyond them is doubtful"))
     return found

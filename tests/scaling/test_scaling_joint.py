@@ -206,6 +206,26 @@ def test_what_carries_no_law_is_refused_or_flagged() -> None:
     assert "at_bound" in {w.code for w in rising.warnings}
 
 
+@pytest.mark.parametrize("estimator", ["huber", "lsq", "lad"])
+def test_runs_that_bend_away_from_their_law_are_told(estimator: str) -> None:
+    """A history of 300 is best: a law that only falls cannot say so. Parameters and data are innocent."""
+    data = runs()
+    turned = losses("history", data, 0.002) * (1 + 0.02 * np.log(data["h"] / 300) ** 2)
+    (told,) = (w.text for w in fit_joint("history", data, turned, estimator).warnings if w.code == "bent")
+    assert "along H, above it at both ends" in told
+
+
+def test_noise_is_rarely_told_as_a_bend() -> None:
+    """One variable in a thousand, of noise as large again where data are few: of 240, three would be too many."""
+    count = 0
+    for seed in range(120):
+        data, rng = runs(seed=seed), np.random.default_rng(seed)
+        noise = rng.normal(0.0, 0.003, 60) * np.where(data["d"] < 1e7, 2.0, 1.0)
+        fit = fit_joint("chinchilla", data, losses("chinchilla", data) * np.exp(noise), "lsq-log")
+        count += sum(w.code == "bent" for w in fit.warnings)
+    assert count < 3
+
+
 def valleys(noise: float = 0.0) -> tuple[FloatArray, FloatArray, FloatArray]:
     compute = np.repeat(np.geomspace(1e18, 1e21, 5), 7)
     best = 0.6 * (compute / 6) ** 0.5
