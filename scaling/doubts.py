@@ -192,7 +192,7 @@ def _forecasts(panel: Panel) -> str:
     far = max(cut.extrapolation for cut, _ in cuts)
     return (
         f"fitted below a cut, the laws missed a larger configuration by up to {worst.max_error:.2g} % ({name}, cut at "
-        f"{_at(worst.cut)}); they were tried up to {far:.2g} times beyond what they were fitted to, and not further."
+        f"{_at(worst.cut)}); they were tried up to {number(far, 2)} times beyond what they were fitted to, and not further."
     )
 
 
