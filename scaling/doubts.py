@@ -190,9 +190,10 @@ def _forecasts(panel: Panel) -> str:
         return "" if not panel.fitted else "no law could be tried as a forecast: too few distinct sizes."
     worst, name = max(cuts, key=lambda pair: pair[0].max_error)
     far = max(cut.extrapolation for cut, _ in cuts)
+    reach = f"{far:,.0f}" if far >= 10 else f"{far:.2g}"
     return (
         f"fitted below a cut, the laws missed a larger configuration by up to {worst.max_error:.2g} % ({name}, cut at "
-        f"{_at(worst.cut)}); they were tried up to {number(far, 2)} times beyond what they were fitted to, and not further."
+        f"{_at(worst.cut)}); they were tried up to {reach} times beyond what they were fitted to, and not further."
     )
 
 
