@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from genrec_jax.train.step import State
 
 _log = logging.getLogger(__name__)
 _SIZES = "sizes.json"
+_DROPPED = "dropped"
 _KEPT = 2  # newest checkpoints: the newest may turn out to be damaged
 
 
@@ -31,13 +33,17 @@ class Checkpoints:
         keep: Any = ocp.checkpoint_managers
         policy = keep.AnyPreservationPolicy([keep.LatestN(_KEPT), keep.BestN(get_metric_fn=_score, n=1)])
         self._folder = folder
-        options = ocp.CheckpointManagerOptions(preservation_policy=policy, best_fn=_score)
+        self._saves = False
+        # A checkpoint goes by its name at once: file by file it would for a while look like one that is damaged.
+        options = ocp.CheckpointManagerOptions(preservation_policy=policy, best_fn=_score, todelete_subdir=_DROPPED)
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def save(self, step: int, state: State, record: dict[str, Any], score: float = -math.inf) -> None:
         """``record``: JSON-able companions (input position, seconds spent). Returns before it is on the disk, but the
         state may be given away."""
         self._finish()
+        self._clear()
+        self._saves = True
         kept = {"record": record, "sums": _sums(state)}
         args = ocp.args.Composite(state=ocp.args.StandardSave(_tree(state)), record=ocp.args.JsonSave(kept))
         self._manager.save(step, args=args, metrics={"score": score})
@@ -66,6 +72,7 @@ class Checkpoints:
 
     def drop_after(self, step: int) -> None:
         """Removes later checkpoints, for a run that goes on from an earlier one."""
+        self._clear()
         for later in self._manager.all_steps():
             if later > step:
                 self._manager.delete(later)
@@ -82,6 +89,11 @@ class Checkpoints:
         if found != known:
             write_json(self._folder / _SIZES, found)
 
+    def _clear(self) -> None:
+        """Removes what was dropped, also by a process that was killed: Orbax would not put another in its place."""
+        if not jax.process_index():
+            shutil.rmtree(self._folder / _DROPPED, ignore_errors=True)
+
     def _read(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
         noted, here = _noted(self._folder).get(str(step), {}), _sizes(self._folder / str(step))
         for file, size in noted.items():
@@ -97,6 +109,8 @@ class Checkpoints:
 
     def close(self) -> None:
         self._finish()
+        if self._saves:  # who only reads leaves the folder to whoever trains in it
+            self._clear()
         self._manager.close()
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,6 +37,25 @@ def runs(sequences: Sequences, tmp_path_factory: pytest.TempPathFactory) -> Path
     assert steps(folder / "cut") == {5, 10}
     assert steps(folder / "whole") == {10, 12}
     return folder
+
+
+def test_a_checkpoint_is_never_there_in_part(sequences: Sequences, tmp_path: Path) -> None:
+    """Those that are dropped go by their name at once, to where a killed run may have left others; who copies the
+    folder meanwhile finds no part of one."""
+    folder, removed = tmp_path / "run/checkpoints", set()
+
+    def hear(event: str, args: tuple) -> None:
+        if event in ("os.remove", "os.rmdir", "shutil.rmtree") and str(args[0]).startswith(f"{folder}/"):
+            removed.add(Path(args[0]).relative_to(folder).parts[0])
+
+    left = folder / "dropped/5/state"
+    left.mkdir(parents=True)
+    (left / "part").write_bytes(b"1")
+    sys.addaudithook(hear)
+    loop.train(trial_of(sequences, "hstu"), tmp_path / "run")
+    assert not [name for name in removed if name.isdigit()]
+    assert "dropped" in removed
+    assert {path.name for path in folder.iterdir()} == {"10", "12", "sizes.json"}
 
 
 def steps(run: Path) -> set[int]:
