@@ -11,7 +11,7 @@ import numpy as np
 from scaling.family import FamilyResult, predict, prediction_warnings
 from scaling.fit import MAX_EXTRAPOLATION, Points, Warn
 from scaling.frontier import pareto
-from scaling.joint.allocate import allocate, fit_cost
+from scaling.joint.allocate import allocate, fit_cost, no_optimum
 from scaling.joint.section import COLUMNS, Joint
 from scaling.serialise import numbers, pair_of, warnings_of
 from scaling.study import Analysis, analyse
@@ -89,7 +89,7 @@ def recommend(
     every = analyse(table, metric, n_boot=n_boot)
     panels = [panel for panel in every.panels if panel.axis is None and not panel.plain]
     envelopes: dict[tuple[str, str, str], FamilyResult] = {}
-    if any(family.joint is None for panel in panels for family in panel.families):
+    if any(_spendable(family) is None for panel in panels for family in panel.families):
         best = analyse(table, metric, n_boot=n_boot, axes=False, frontier=True)
         envelopes = {(p.study, p.dataset, f.name): f for p in best.panels if p.axis is None for f in p.families}
     found: list[list[Advice]] = [[] for _ in budgets]
@@ -116,8 +116,9 @@ def _advice(
     """By the joint law, else by the law of the best configurations, else by that of all."""
     at = int(np.argmin(np.abs(np.log(family.points.x / budget))))
     nearest = family.points.labels[at] or f"{family.points.x[at]:.3g} FLOPs"
-    if family.joint is not None:
-        return _by_joint_law(study, dataset, family, family.joint, budget, nearest)
+    joint = _spendable(family)
+    if joint is not None:
+        return _by_joint_law(study, dataset, family, joint, budget, nearest)
     envelope = envelopes.get((study, dataset, family.name))
     lawful = envelope if envelope is not None and envelope.fit and envelope.boot else family
     if lawful.fit is None:
@@ -135,8 +136,17 @@ def _advice(
         metric=said.value,
         interval=said.one_run,
         nearest=nearest,
-        warnings=(*lawful.warnings, *prediction_warnings([said])),
+        warnings=(*lawful.warnings, *_why_not(family), *prediction_warnings([said])),
     )
+
+
+def _spendable(family: FamilyResult) -> Joint | None:
+    """The joint law, if it has a best use of a budget."""
+    return None if family.joint is None or no_optimum(family.joint.fit) else family.joint
+
+
+def _why_not(family: FamilyResult) -> list[Warn]:
+    return [Warn("no_optimum", no_optimum(family.joint.fit))] if family.joint is not None else []
 
 
 def _by_joint_law(study: str, dataset: str, family: FamilyResult, joint: Joint, budget: float, nearest: str) -> Advice:

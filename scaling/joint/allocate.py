@@ -91,15 +91,25 @@ def allocate(
         unique: the targets that differ, for a law of repeated data.
 
     Raises:
-        TableError: a cost without one of the law's variables, or a law of repeated data without ``unique``.
+        TableError: a cost without one of the law's variables, a law of repeated data without ``unique``, or a law
+            without a best use (see `no_optimum`).
     """
+    if without := no_optimum(fit):
+        raise TableError(without)
     budgets = np.asarray(compute, dtype=np.float64)
     best, loss = _best(fit, fit.theta[None], budgets, cost, unique)
     limits: dict[str, tuple[FloatArray, FloatArray]] = {}
     one_run = None
     own = {name: values[0] for name, values in best.items()}
+    warnings: list[Warn] = []
     if draws is not None:
-        each, losses = _best(fit, draws.theta, budgets, cost, unique)
+        falling = np.all([draws.theta[:, fit.law.params.index(name)] > 0 for name in fit.law.exponents], axis=0)
+        if not falling.all():
+            text = (
+                f"by {np.mean(~falling):.1%} of the draws less of something is always better: limits are of the others"
+            )
+            warnings.append(Warn("no_optimum", text))
+        each, losses = _best(fit, draws.theta[falling], budgets, cost, unique)
         for name, values in {**each, "loss": losses}.items():
             middle = loss[0] if name == "loss" else own[name]
             pairs = [draws.around(float(m), v, log=True) for m, v in zip(middle, values.T)]
@@ -109,10 +119,17 @@ def allocate(
         one_run = draws.prediction(at | ({"u": np.full(len(budgets), unique)} if unique else {}))
     spent = cost.at(fit.data)
     far = max(float(budgets.max() / spent.max()), float(spent.min() / budgets.min()))
-    warnings: tuple[Warn, ...] = ()
     if far > MAX_EXTRAPOLATION:
-        warnings = (Warn("far_extrapolation", f"a budget is {far:.0f}x outside the compute of the runs"),)
-    return Allocation(budgets, own, loss[0], limits, one_run, warnings)
+        warnings.append(Warn("far_extrapolation", f"a budget is {far:.0f}x outside the compute of the runs"))
+    return Allocation(budgets, own, loss[0], limits, one_run, tuple(warnings))
+
+
+def no_optimum(fit: JointFit) -> str:
+    """Why a law has no best use of a budget, in a sentence: an exponent below zero, by which less is always better."""
+    for name in fit.law.exponents:
+        if not fit.params[name] > 0:
+            return f"the law has no best use of a budget: its exponent {name} is {fit.params[name]:.3g}"
+    return ""
 
 
 def _best(

@@ -151,6 +151,21 @@ def test_a_budget_is_spent_as_the_joint_law_says(tmp_path: Path) -> None:
         recommend([tmp_path / "s.csv"], [0.0])
 
 
+def test_a_budget_whose_law_has_no_optimum_follows_the_best_configurations(tmp_path: Path) -> None:
+    """Twice as much history is always worse."""
+    own = tmp_path / "h.csv"
+    n, d, h = (v.ravel() for v in np.meshgrid(np.geomspace(1e4, 1e7, 4), np.geomspace(1e5, 1e8, 4), [16, 32, 64]))
+    noise = np.exp(np.random.default_rng(1).normal(0, 2e-4, len(n)))
+    ne = (0.7 + 2 * n**-0.3 + 5 * d**-0.3 + 0.001 * h**0.5) * noise
+    columns = {"dense_params": n, "targets": d, "history": h, "train_flops": n * d * h**0.5, "ne": ne}
+    table(own, family=["hstu"] * len(n), **columns)
+    ((one,),) = recommend([own], [1e15], n_boot=60)
+    assert "best configurations" in one.law
+    assert "the law has no best use of a budget: its exponent gamma is -" in " ".join(w.text for w in one.warnings)
+    assert one.interval is not None
+    assert np.isfinite([one.metric, *one.interval]).all()
+
+
 def test_a_budget_without_a_joint_law_follows_the_best_configurations(tmp_path: Path) -> None:
     x = np.geomspace(1e10, 1e14, 8)
     own = tmp_path / "c.csv"

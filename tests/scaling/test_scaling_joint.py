@@ -126,6 +126,24 @@ def test_the_best_use_of_a_budget_has_no_better_neighbour() -> None:
             assert np.all(fit.at(moved) > plan.loss)
 
 
+def test_a_law_by_which_less_is_better_spends_nothing() -> None:
+    data = runs()
+    worse = losses("chinchilla", data, 0.002) + 0.002 * data["h"] ** 0.5
+    with pytest.raises(TableError, match="no best use of a budget: its exponent gamma is -"):
+        allocate(fit_joint("history", data, worse), [1e14], cost=Cost(7.0, {"n": 1.0, "d": 0.9, "h": 0.5}))
+
+
+def test_draws_by_which_less_is_better_give_no_limits() -> None:
+    """History is worth nothing: in about half the draws its exponent is below zero."""
+    data = runs()
+    fit = fit_joint("history", data, losses("chinchilla", data, 0.02), "lsq-log")
+    assert fit.params["gamma"] > 0
+    cost = Cost(7.0, {"n": 1.0, "d": 0.9, "h": 0.5})
+    plan = allocate(fit, [1e14], cost=cost, draws=resample(fit, n_boot=60, seed=1))
+    assert "no_optimum" in {w.code for w in plan.warnings}
+    assert all(np.isfinite(limit).all() for pair in plan.limits.values() for limit in pair)
+
+
 def test_a_law_of_repeated_data_spends_a_budget_with_the_data_there_are() -> None:
     """With more targets that differ than it wants it is the law without repeats; with few the loss is higher, and no
     other size is better."""
