@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 
 from scaling.checklist import NO_LAW
@@ -70,7 +71,7 @@ def _joint_law(joint: Joint, metric: str) -> tuple[str, str]:
     variables = {"n": "parameters N", "d": "targets D", "h": "history length H"}
     *most, last = (variables[name] for name in joint.fit.law.variables)
     law = f"In {', '.join(most)} and {last}:\n{metric} = E + {' + '.join(terms)}"
-    cautions = "".join(f"\n({warn.text})" for warn in joint.fit.warnings)
+    cautions = "".join(f"\n{textwrap.fill(f'({warn.text})', 64)}" for warn in joint.fit.warnings)
     return law, _values(joint.fit.params, joint.draws.intervals(), 3) + cautions
 
 
