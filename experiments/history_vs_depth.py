@@ -30,15 +30,21 @@ from genrec_jax.train.places import Place
 _SHARES = [0.25, 0.5, 1.0]
 
 
-def _sweep(ladder: Ladder, width: int, depths: list[int], lengths: list[int], seeds: list[int]) -> Sweep:
-    """A step has about as many targets whatever the history, as many as the recipe's at 64 events."""
+def views(ladder: Ladder, width: int, lengths: list[int]) -> Sweep:
+    """HSTU of a width with each number of events in view. A step has about as many targets whatever the history, as
+    many as the recipe's at 64 events."""
     recipe = ladder.training("hstu", width)
     candidates = ladder.base["data.candidates"]
     targets = recipe.pop("train.batch_rows") * (ladder.base["data.history"] + candidates)
     rows = [max(1, round(targets / (length + candidates))) for length in lengths]
-    views = zipped(param("data.history", lengths), Sweep(tuple(Point(values={"train.batch_rows": n}) for n in rows)))
+    held = Sweep(tuple(Point(values={"train.batch_rows": n}) for n in rows))
     hstu = model("hstu", **{"model.width": width, "model.heads": heads(width), **recipe})
-    return hstu * param("model.depth", depths) * views * param("data.fraction", _SHARES) * param("seed", seeds)
+    return hstu * zipped(param("data.history", lengths), held)
+
+
+def _sweep(ladder: Ladder, width: int, depths: list[int], lengths: list[int], seeds: list[int]) -> Sweep:
+    grid = param("model.depth", depths) * views(ladder, width, lengths)
+    return grid * param("data.fraction", _SHARES) * param("seed", seeds)
 
 
 def spent_best(out: Place, rows: Sequence[Mapping[str, Any]]) -> list[str]:

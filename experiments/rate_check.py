@@ -30,22 +30,29 @@ FACTORS = [0.25, 0.5, 1.0, 2.0, 4.0]
 _RATES = ("train.learning_rate", "train.embedding_learning_rate")
 
 
-def _ends(ladder: Ladder, *chosen: int) -> Sweep:
-    """Every family at the chosen rungs, with each factor."""
+def at_factors(points: Sweep) -> Sweep:
+    """Each point with each factor of its learning rates; the factor is the axis."""
     sweep = Sweep(())
-    for family in ladder.sizes:
-        for rung in chosen:
-            (point,) = ladder.rungs(family, rung, rung)
-            for factor in FACTORS:
-                values = {**point.values, **{key: factor * point.values[key] for key in _RATES}}
-                label = f"{point.label} rate x{factor:g}"
-                sweep += Sweep((replace(point, label=label, axis_value=factor, values=values),))
+    for point in points:
+        for factor in FACTORS:
+            values = {**point.values, **{key: factor * point.values[key] for key in _RATES}}
+            label = f"{point.label} rate x{factor:g}"
+            sweep += Sweep((replace(point, label=label, axis_value=factor, values=values),))
     return sweep * param("seed", [0])
 
 
+def _ends(ladder: Ladder, *chosen: int) -> Sweep:
+    """Every family at the chosen rungs, with each factor."""
+    ends = Sweep(())
+    for family in ladder.sizes:
+        for rung in chosen:
+            ends += ladder.rungs(family, rung, rung)
+    return at_factors(ends)
+
+
 def verdict(out: Place, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Per family and rung the best factor, how many steps of the grid the recipe's rate is from it, and what that costs
-    in validation NE; first, how many are within a step."""
+    """Per family and size (a label's first word) the best factor, how many steps of the grid the recipe's rate is from
+    it, and what that costs in validation NE; first, how many are within a step."""
     ends: dict[tuple[str, str], dict[float, Mapping[str, Any]]] = {}
     for row in rows:
         if row["status"] == "done" and row.get("validation/ne") is not None:

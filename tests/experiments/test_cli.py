@@ -218,7 +218,7 @@ def test_every_study_resolves_at_every_budget() -> None:
     known = studies()
     names = {"depth", "width", "data", "history", "gr_vs_dlrm", "ml1m_retrieval", "quickstart", "tuning"}
     names |= {"retrieval_choices", "generative", "generative_tuning", "stochastic_length", "rate_check", "epochs"}
-    names |= {"lr_transfer", "lr_depth", "lr_batch", "parametrisations", "history_vs_depth"}
+    names |= {"lr_transfer", "lr_depth", "lr_batch", "parametrisations", "history_vs_depth", "history_rates"}
     assert set(known) == names
     for study in known.values():
         for budget in study.points:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments import epochs, rate_check
+from experiments import epochs, history_rates, history_vs_depth, rate_check
 from experiments.ladders import LADDER
 from experiments.paired import plus_minus
 from genrec_jax.config import default_trial, override
@@ -29,6 +29,20 @@ def test_rates_are_the_recipe_times_a_factor_and_nothing_else() -> None:
         assert one.trial == override(recipe, {f"train.{key}": rate for key, rate in rates.items()})
         assert not one.trial.train.report_test
     assert {one.label.split()[0] for one in rate_check.STUDY.trials("data", "medium")} == {"s2", "s6"}
+
+
+def test_rates_of_histories_are_those_of_the_study_of_histories_times_a_factor() -> None:
+    """The factor 1 is a trial of that study, but for the test part."""
+    of_study = [one.trial for one in history_vs_depth.STUDY.trials("data", "small")]
+    planned = history_rates.STUDY.trials("data", "small")
+    own = [one for one in planned if one.axis_value == 1.0]
+    assert {one.label.split()[0] for one in own} == {f"history={n}" for n in (32, 64, 128, 256)}
+    for one in own:
+        assert override(one.trial, {"train.report_test": True}) in of_study
+    for one in planned:
+        (same,) = (other.trial for other in own if other.trial.data.history == one.trial.data.history)
+        rates = {key: one.axis_value * getattr(same.train, key) for key in ("learning_rate", "embedding_learning_rate")}
+        assert one.trial == override(same, {f"train.{key}": rate for key, rate in rates.items()})
 
 
 def test_passes_differ_in_nothing_else() -> None:
