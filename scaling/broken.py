@@ -27,16 +27,21 @@ def break_range(u: FloatArray) -> tuple[float, float]:
     return float(distinct[_SIDE - 1]), float(distinct[-_SIDE])
 
 
+def width_range(u: FloatArray) -> tuple[float, float]:
+    """How wide a bend may be: from what no spacing of runs would tell from a kink to half of the range."""
+    span = float(u.max() - u.min())
+    return 0.01 * span, 0.5 * span
+
+
 def solve_broken(u: FloatArray, z: FloatArray, w: FloatArray) -> dict[str, FloatArray]:
     """p, b, c, m, f (R,) of R curves ln y = z (R, n) over the same u (n,), by weighted least squares.
 
-    A break lies in `break_range`, and bends within the range of u.
+    A break lies in `break_range` and is as wide as `width_range` lets it be.
     """
     low, high = break_range(u)
-    span = float(u.max() - u.min())
+    bounds = width_range(u)
     m = np.broadcast_to(np.linspace(low, high, _PLACES), (len(z), _PLACES))
-    f = np.broadcast_to(np.geomspace(0.01 * span, 0.5 * span, _WIDTHS), (len(z), _WIDTHS))
-    bounds = (0.01 * span, 0.5 * span)
+    f = np.broadcast_to(np.geomspace(*bounds, _WIDTHS), (len(z), _WIDTHS))
     each = np.arange(len(z))
     for _ in range(_ZOOMS):
         coefficients, squares = _solved(u, z, w, m, f)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from scaling import laws
-from scaling.broken import break_range, derivatives
+from scaling.broken import break_range, derivatives, width_range
 from scaling.laws import Curves
 from scaling.table import FloatArray
 
@@ -290,10 +290,14 @@ def _at_bound(curves: Curves, x: FloatArray, loss: bool) -> tuple[str, ...]:
 
 
 def _break_at_bound(curves: Curves, x: FloatArray) -> tuple[str, ...]:
-    low, high = break_range(np.log(x / curves.x0))
-    m = float(curves.breaks["m"][0])
+    u = np.log(x / curves.x0)
+    (low, high), (narrow, wide) = break_range(u), width_range(u)
+    m, f = float(curves.breaks["m"][0]), float(curves.breaks["f"][0])
     edge = 1e-6 * (high - low)
-    return () if low + edge < m < high - edge else ("d",)
+    found = () if low + edge < m < high - edge else ("d",)
+    if f < narrow * (1 + 1e-6):
+        return *found, "f=min"
+    return (*found, "f=max") if f > wide * (1 - 1e-6) else found
 
 
 def _aicc(form: str, y: FloatArray, predicted: FloatArray) -> float:

@@ -155,6 +155,18 @@ def test_a_broken_power_law_is_recovered_inverted_and_chosen() -> None:
     assert "broken" not in fit_forms(points(x[:11], broken(x[:11])), loss=True)
 
 
+@pytest.mark.parametrize(
+    ("place", "width", "bound"),
+    [(1e12, 0.8, ()), (1e12, 0.02, ("f=min",)), (1e12, 9.0, ("f=max",)), (1e15, 0.5, ("d",))],
+)
+def test_a_break_at_the_edge_of_what_runs_can_tell_is_said(place: float, width: float, bound: tuple[str, ...]) -> None:
+    """A bend narrower than a hundredth of the runs' range is a kink to them, and one wider than half of it no bend."""
+    x = np.geomspace(1e9, 1e15, 16)
+    fit = fit_form(points(x, x**-0.02 * (1 + (x / place) ** (1 / width)) ** (-0.05 * width)), "broken", loss=True)
+    assert set(bound) <= set(fit.at_bound)
+    assert bool(bound) == bool(fit.at_bound)
+
+
 def test_derivatives_of_a_broken_law_are_those_of_differences() -> None:
     x = np.geomspace(1e9, 1e15, 16)
     curves = laws.solve("broken", x, broken(x), loss=True)
