@@ -10,7 +10,7 @@ from scipy import stats
 from scipy.optimize import nnls
 
 from scaling.fit import MAX_CONDITION, Warn
-from scaling.joint.laws import LAWS, Data, Law, Model
+from scaling.joint.laws import LAWS, Data, Law, Model, beyond
 from scaling.joint.solve import ESTIMATORS, Estimator, minimise
 from scaling.table import FloatArray, TableError
 
@@ -209,8 +209,23 @@ def _cautions(model: Model, data: Data, y: FloatArray, theta: FloatArray, condit
     for name, value in zip(law.params[len(law.coefficients) :], theta[len(law.coefficients) :]):
         if name in law.exponents and not 0.01 < value < 3.0:
             found.append(Warn("at_bound", f"the exponent {name} = {value:.3g} describes no power law of these runs"))
+    found += _unseen_decay(model, theta) if law.repeats else []
     if condition > MAX_CONDITION:
         found.append(Warn("ill_conditioned", f"condition number {condition:.1e}: parameters trade off"))
+    return found
+
+
+def _unseen_decay(model: Model, theta: FloatArray) -> list[Warn]:
+    """Of each scale of decay so far beyond the runs' repeats that the worth of what is repeated falls by nothing."""
+    natural = model.natural(theta[None])
+    found = []
+    for name, times in beyond(natural, model.logs).items():
+        most, scale = float(np.max(times)), float(natural[name][0])
+        if scale > 100 * most:
+            has = f"have at most {most:.2g} times more parameters than their data are worth"
+            has = has if name == "R_N" else f"repeat targets at most {most:.2g} times"
+            text = f"{name} = {scale:.3g} is not told: the runs {has}, and all of it counts in full"
+            found.append(Warn("at_bound", text))
     return found
 
 

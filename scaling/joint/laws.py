@@ -168,13 +168,24 @@ def repeated(natural: Mapping[str, FloatArray], logs: Data) -> tuple[FloatArray,
     Of parameters, as many are worth their number as the law finds optimal for U targets; the others, and repeated
     targets, count for less and less, with R_N and R_D as the scales of decay.
     """
+    (n, once_n), (d, once_d) = _counted(natural, logs)
+    return _worth(n, once_n, natural["R_N"][:, None]), _worth(d, once_d, natural["R_D"][:, None])
+
+
+def beyond(natural: Mapping[str, FloatArray], logs: Data) -> dict[str, FloatArray]:
+    """What R_N and R_D are the scales of, (R, n) each: how many times more parameters there are than are worth their
+    number, and more targets than differ."""
+    pairs = zip(("R_N", "R_D"), _counted(natural, logs), strict=True)
+    return {name: np.expm1(whole - once) for name, (whole, once) in pairs}
+
+
+def _counted(natural: Mapping[str, FloatArray], logs: Data) -> list[tuple[FloatArray, FloatArray]]:
+    """ln of N and of D (R, n), each with the ln of what counts in full of it."""
     n, d, u = (logs[name][None, :] for name in ("n", "d", "u"))
     alpha, beta, a, b = (natural[name][:, None] for name in ("alpha", "beta", "A", "B"))
     # Optimal is where both terms fall alike: alpha A N^-alpha = beta B D^-beta.
     optimal = (np.log(alpha * a) - np.log(beta * b) + beta * u) / alpha
-    return _worth(n, np.minimum(optimal, n), natural["R_N"][:, None]), _worth(
-        d, np.minimum(u, d), natural["R_D"][:, None]
-    )
+    return [(n, np.minimum(optimal, n)), (d, np.minimum(u, d))]
 
 
 def _worth(whole: FloatArray, once: FloatArray, scale: FloatArray) -> FloatArray:

@@ -224,6 +224,19 @@ def test_what_carries_no_law_is_refused_or_flagged() -> None:
     assert "at_bound" in {w.code for w in rising.warnings}
 
 
+def test_when_repeats_stop_to_count_is_not_told_by_runs_in_which_they_all_count() -> None:
+    """At most half a repeat; parameters as far beyond the data's worth as ever."""
+    data = runs()
+    seldom = {**data, "u": data["d"] / np.random.default_rng(2).uniform(1.0, 1.5, 60)}
+    model = Model(LAWS["data_constrained"], seldom)
+    natural = {**TRUTHS["data_constrained"], "R_D": 1e6}
+    exact = model.at(model.theta(natural)[None])[0]
+    said = [w.text for w in fit_joint("data_constrained", seldom, exact).warnings if w.code == "at_bound"]
+    assert len(said) == 1
+    assert said[0].startswith("R_D = ")
+    assert f"repeat targets at most {np.max(data['d'] / seldom['u']) - 1:.2g} times" in said[0]
+
+
 @pytest.mark.parametrize("estimator", ["huber", "lsq", "lad"])
 def test_runs_that_bend_away_from_their_law_are_told(estimator: str) -> None:
     """A history of 300 is best: a law that only falls cannot say so. Parameters and data are innocent."""
