@@ -116,6 +116,7 @@ def sweep(
     remat: bool = False,
     ladder: str | None = None,
     set: Many[tuple[str, ...]] = (),
+    only: Many[tuple[str, ...]] = (),
     out: Annotated[str | None, PLACE] = None,
     dry_run: bool = False,
     forecast: bool = False,
@@ -139,6 +140,8 @@ def sweep(
         ladder: Rules by which sizes train, instead of those tuned on MovieLens-1M: a ladder of experiments/ladders by
             name, or a TOML file of one.
         set: dotted.key=value of every trial's configuration; repeat for several.
+        only: WORD[,WORD...] of a trial's name as --dry-run prints it, for example hstu,dlrm: the study is those trials
+            that have one of these words; repeat to ask for another as well.
         out: Folder of the study, or a URL of one in a store (default: runs/NAME-DATASET-BUDGET).
         dry_run: Print every trial with its FLOPs, memory and expected time, and run nothing.
         forecast: Record what the laws of the trials in --out expect of those that have not begun, and run nothing; what
@@ -154,7 +157,7 @@ def sweep(
     where = ExecutorConfig(executor, workers, address, cpus, gpus, slurm)
     how = Training(pack, mesh, remat)
     instead: Instead | None = "dry_run" if dry_run else "forecast" if forecast else None
-    rules = Rules(ladder, parse_settings(set))
+    rules = Rules(ladder, parse_settings(set), only)
     sys.exit(run_named(name, data, budget, where=where, how=how, rules=rules, out=target, instead=instead, quiet=quiet))
 
 

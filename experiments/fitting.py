@@ -35,8 +35,7 @@ def _law(family: Mapping[str, Any], equations: Mapping[str, str]) -> str:
     fit = family["fits"][form]
     intervals = fit["intervals"] or {}
     params = ", ".join(
-        f"{name} {value:.5g}"
-        + (f" ({intervals[name][0]:.5g} to {intervals[name][1]:.5g})" if name in intervals else "")
+        f"{name} {_text(value, 5)}" + (f" ({_between(intervals[name])})" if name in intervals else "")
         for name, value in fit["params"].items()
     )
     return f"{equations[form]}: {params}; {told}"
@@ -61,9 +60,8 @@ def fit_law_and_print(
     for name, found in groups.items():
         console.print(f"{name}: {found['equation']}".removeprefix(": "))
         for param, value in found["params"].items():
-            low, high = (found["intervals"] or {}).get(param) or (None, None)
-            between = "" if low is None else f"   {low:.5g} to {high:.5g}"
-            console.print(f"  {param:>6} {value:<10.6g}{between}")
+            pair = (found["intervals"] or {}).get(param)
+            console.print(f"  {param:>6} {_text(value, 6):<10}" + (f"   {_between(pair)}" if pair else ""))
         if "objective" in found:
             console.print(f"  objective {found['objective']:.12g}, {found['n']} runs")
         for form, fit in found.get("forms", {}).items():
@@ -74,6 +72,15 @@ def fit_law_and_print(
             console.print(f"  intervals: {found['bootstrap']}", style="dim")
         for warning in found["warnings"]:
             console.print(f"  {warning['code']}: {warning['text']}")
+
+
+def _text(value: float | None, digits: int) -> str:
+    """None: beyond what a number holds, as the coefficient of a very steep law."""
+    return "unbounded" if value is None else f"{value:.{digits}g}"
+
+
+def _between(pair: Sequence[float | None]) -> str:
+    return " to ".join(_text(limit, 5) for limit in pair)
 
 
 def advise_and_print(

@@ -13,7 +13,7 @@ import experiments
 from experiments.executors import ExecutorConfig, Training, make_executor
 from experiments.folder import read_record
 from experiments.ladders import read
-from experiments.study import Budget, Study
+from experiments.study import Budget, Study, chosen
 from genrec_jax.errors import UserError
 from genrec_jax.train.places import Place
 
@@ -23,10 +23,11 @@ Instead = Literal["dry_run", "forecast"]
 @dataclasses.dataclass(frozen=True)
 class Rules:
     """What a study trains by instead of its own: another ladder (a name or a file), settings (dotted keys) for all its
-    trials."""
+    trials; and which of them ``only`` (see :func:`experiments.study.chosen`)."""
 
     ladder: str | None = None
     settings: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    only: tuple[str, ...] = ()
 
     def of(self, study: Study) -> Study:
         """The study by these rules. Raises UserError for a ladder that is none, and as :class:`Study` does."""
@@ -37,8 +38,9 @@ class Rules:
         names alone, for they lie elsewhere on another machine."""
         ladder = [] if self.ladder is None else ["--ladder", Path(self.ladder).name]
         settings = [word for key, value in self.settings.items() for word in ("--set", f"{key}={value}")]
+        only = [word for text in self.only for word in ("--only", text)]
         return shlex.join(
-            ["genrec", "sweep", name, "--data", data.resolve().name, "--budget", budget, *ladder, *settings]
+            ["genrec", "sweep", name, "--data", data.resolve().name, "--budget", budget, *ladder, *settings, *only]
         )
 
 
@@ -84,7 +86,7 @@ def run_named(
     study = rules.of(known[name])
     executor = None if instead else make_executor(where)
     folder = load_any(data, quiet=quiet)
-    planned = study.trials(str(folder), budget, digest_of(folder))
+    planned = chosen(study.trials(str(folder), budget, digest_of(folder)), rules.only)
     target = out or Path("runs") / f"{name}-{data.resolve().name}-{budget}"
     if instead == "forecast":
         planned = with_cost(planned, lambda trial: plan_account(trial).train_flops)

@@ -114,6 +114,23 @@ class Study:
         return PlannedTrial(trial, self.name, family, point.label, self.axis, point.axis_value, recipe=self.recipe)
 
 
+def chosen(planned: list[PlannedTrial], only: Sequence[str]) -> list[PlannedTrial]:
+    """The trials whose names have, of each of ``only``, one of its words, which commas part; all without.
+
+    Raises UserError for a word that is in no name, and where no trial has what is asked for.
+    """
+    asked = [[word.strip() for word in text.split(",")] for text in only]
+    words = {word for one in planned for word in one.name.split()}
+    for word in (word for alternatives in asked for word in alternatives):
+        if word not in words:
+            said = f"--only {word}: no trial has this in its name; there is: {', '.join(sorted(words))}"
+            raise UserError(said)
+    found = [one for one in planned if all(set(one.name.split()) & set(alternatives) for alternatives in asked)]
+    if not found:
+        raise UserError(f"no trial has {' and '.join(only)} in its name")
+    return found
+
+
 def on_ladder(build: Callable[[Ladder], Study]) -> Study:
     """The study that ``build`` makes of the default ladder; by :meth:`Study.on` of another."""
     return replace(build(LADDER), by_ladder=build)

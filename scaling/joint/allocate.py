@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from scaling.fit import MAX_EXTRAPOLATION, Warn
-from scaling.joint.fit import JointFit
+from scaling.joint.fit import LEAST_EXPONENT, JointFit
 from scaling.joint.uncertainty import JointDraws
 from scaling.table import FloatArray, TableError
 
@@ -103,11 +103,11 @@ def allocate(
     own = {name: values[0] for name, values in best.items()}
     warnings: list[Warn] = []
     if draws is not None:
-        falling = np.all([draws.theta[:, fit.law.params.index(name)] > 0 for name in fit.law.exponents], axis=0)
+        falling = np.all(
+            [draws.theta[:, fit.law.params.index(name)] > LEAST_EXPONENT for name in fit.law.exponents], axis=0
+        )
         if not falling.all():
-            text = (
-                f"by {np.mean(~falling):.1%} of the draws less of something is always better: limits are of the others"
-            )
+            text = f"by {np.mean(~falling):.1%} of the draws a size has no best value: limits are of the others"
             warnings.append(Warn("no_optimum", text))
         each, losses = _best(fit, draws.theta[falling], budgets, cost, unique)
         for name, values in {**each, "loss": losses}.items():
@@ -125,9 +125,10 @@ def allocate(
 
 
 def no_optimum(fit: JointFit) -> str:
-    """Why a law has no best use of a budget, in a sentence: an exponent below zero, by which less is always better."""
+    """Why a law has no best use of a budget, in a sentence: an exponent below zero, by which less is always better, or
+    so near to it that a term hardly moves with its size."""
     for name in fit.law.exponents:
-        if not fit.params[name] > 0:
+        if not fit.params[name] > LEAST_EXPONENT:
             return f"the law has no best use of a budget: its exponent {name} is {fit.params[name]:.3g}"
     return ""
 
@@ -140,20 +141,22 @@ def _best(
     for term in free:
         if term.variable not in cost.powers:
             raise TableError(f"the cost {cost.equation} does not say what {term.variable.upper()} costs")
-    natural = {name: value[:, None] for name, value in fit.model.natural(theta).items()}
     if fit.law.repeats:
         if unique is None:
             raise TableError(f"the law {fit.law.name} needs the number of targets that differ to spend a budget")
         return _searched(fit, theta, budgets, cost, unique)
-    log_scale = {
-        t.variable: np.log(natural[t.coefficient] * natural[t.exponent] / cost.powers[t.variable]) for t in free
-    }
-    stiffness = {t.variable: cost.powers[t.variable] / natural[t.exponent] for t in free}
-    total = sum(stiffness[name] * log_scale[name] for name in stiffness)
+    # In logarithms throughout: a steep law's coefficients are too large for numbers.
+    level = {name: value[:, None] for name, value in fit.model.log_coefficients(theta).items()}
+    exponent = {name: theta[:, fit.law.params.index(name), None] for name in fit.law.exponents}
+    scale = {t.variable: level[t.coefficient] + np.log(exponent[t.exponent] / cost.powers[t.variable]) for t in free}
+    stiffness = {t.variable: cost.powers[t.variable] / exponent[t.exponent] for t in free}
+    total = sum(stiffness[name] * scale[name] for name in stiffness)
     log_lambda = (total - np.log(budgets / cost.factor)[None, :]) / sum(stiffness.values())
-    best = {t.variable: np.exp((log_scale[t.variable] - log_lambda) / natural[t.exponent]) for t in free}
-    loss = natural["E"] + sum(natural[t.coefficient] * best[t.variable] ** -natural[t.exponent] for t in free)
-    return best, loss
+    best = {t.variable: (scale[t.variable] - log_lambda) / exponent[t.exponent] for t in free}
+    terms = [level[t.coefficient] - exponent[t.exponent] * best[t.variable] for t in free]
+    loss = np.exp(level["E"]) + sum(np.exp(term) for term in terms)
+    with np.errstate(over="ignore"):
+        return {name: np.exp(value) for name, value in best.items()}, loss
 
 
 def _searched(

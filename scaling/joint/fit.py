@@ -16,6 +16,7 @@ from scaling.table import FloatArray, TableError
 
 _GRID = {1: 33, 2: 16, 3: 9}  # exponents tried a side, by their number
 _STARTS = 6
+LEAST_EXPONENT = 0.01  # a tenfold size moves a term by 2 %
 _CORRELATION, _DISTINCT = 0.99, 3
 _CHANCE, _SMALLEST = 1e-3, 1e-4  # a bend that noise makes more often, or this small a part of the loss, is not told
 _LABELS = {"n": "N", "d": "D", "h": "H", "u": "the unique targets"}
@@ -205,9 +206,9 @@ def _cautions(model: Model, data: Data, y: FloatArray, theta: FloatArray, condit
     smallest = 1e-4 * float(y.min())
     for name, value in zip(law.coefficients, theta):
         if np.exp(value) < smallest:
-            found.append(Warn("at_bound", f"{name} is at its bound of zero"))
+            found.append(Warn("at_bound", f"the term of {name} is as good as zero in the middle of these runs"))
     for name, value in zip(law.params[len(law.coefficients) :], theta[len(law.coefficients) :]):
-        if name in law.exponents and not 0.01 < value < 3.0:
+        if name in law.exponents and not LEAST_EXPONENT < value < 3.0:
             found.append(Warn("at_bound", f"the exponent {name} = {value:.3g} describes no power law of these runs"))
     found += _unseen_decay(model, theta) if law.repeats else []
     if condition > MAX_CONDITION:

@@ -141,13 +141,19 @@ class Model:
     def natural(self, theta: FloatArray) -> dict[str, FloatArray]:
         """The parameters (R,) of the equation as written."""
         found = {name: theta[:, self._index[name]] for name in self.law.exponents}
-        for term in self.law.terms:
-            shift = self.means[term.variable] * found[term.exponent] if term.exponent else 0.0
-            with np.errstate(over="ignore"):
-                found[term.coefficient] = np.exp(theta[:, self._index[term.coefficient]] + shift)
+        with np.errstate(over="ignore"):
+            found |= {name: np.exp(value) for name, value in self.log_coefficients(theta).items()}
         if self.law.repeats:
             found |= {name: np.exp(theta[:, self._index[name]]) for name in ("R_N", "R_D")}
         return {name: found[name] for name in self.law.params}
+
+    def log_coefficients(self, theta: FloatArray) -> dict[str, FloatArray]:
+        """The logarithms (R,) of the coefficients of the equation as written: finite where these are too large."""
+        found = {}
+        for term in self.law.terms:
+            shift = self.means[term.variable] * theta[:, self._index[term.exponent]] if term.exponent else 0.0
+            found[term.coefficient] = theta[:, self._index[term.coefficient]] + shift
+        return found
 
     def theta(self, natural: Mapping[str, float]) -> FloatArray:
         """(P,), of parameters as the equation has them."""

@@ -60,6 +60,41 @@ def test_import_show_train_fit_report(log: Path, tmp_path: Path, capsys: pytest.
     assert (tmp_path / "page.html").read_text(encoding="utf-8").lower().startswith("<!doctype html>")
 
 
+def test_a_coefficient_that_no_number_holds_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only the least of four sizes is worse: a steep term, whose value at N = 1 is beyond 1e308."""
+    table, found = tmp_path / "table.csv", tmp_path / "law.json"
+    sizes = [(n * 7e20, d) for n in (1, 2, 4, 8) for d in (1e5, 3e5, 1e6, 3e6)]
+    rows = [f"{n:g},{d:g},{0.5 + 30 * d**-0.3 + 0.02 * (n < 1e21)}" for n, d in sizes]
+    table.write_text("n,d,loss\n" + "\n".join(rows) + "\n", encoding="utf-8")
+    columns = ["--law", "chinchilla", "--n", "n", "--d", "d", "--y", "loss"]
+    main(["fit", str(table), *columns, "--draws", "40", "--json", str(found)])
+    assert re.search(r" A unbounded +\S+ to unbounded\n", capsys.readouterr().out)
+    assert json.loads(found.read_text(encoding="utf-8"))["params"]["A"] is None
+
+
+def test_only_the_trials_asked_for_are_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    world = tmp_path / "world"
+    main(["data", "synthetic", "--preset", "tiny", "--events", "7000", "--out", str(world), "--quiet"])
+    capsys.readouterr()
+    given = ["sweep", "history_vs_depth", "--data", str(world), "--dry-run"]
+    with pytest.raises(SystemExit) as stop:
+        main([*given, "--only", "depth=1,depth=8", "--only", "history=32", "--only", "fraction=1,fraction=0.5"])
+    assert stop.value.code == 0
+    planned = re.findall(r"(hstu .*?seed=0) ", capsys.readouterr().out)
+    assert planned == [
+        f"hstu depth={depth} history=32 fraction={share} seed=0" for depth in (1, 8) for share in ("0.5", "1")
+    ]
+    assert "--only depth=3: no trial has this in its name; there is: depth=1," in fails(
+        capsys, *given, "--only", "depth=1,depth=3"
+    )
+    assert "no trial has depth=1 and depth=2 in its name" in fails(
+        capsys, *given, "--only", "depth=1", "--only", "depth=2"
+    )
+    rules = Rules(only=("depth=1,depth=2", "hstu"))
+    said = "genrec sweep history_vs_depth --data log --budget small --only depth=1,depth=2 --only hstu"
+    assert rules.command("history_vs_depth", Path("log"), "small") == said
+
+
 def test_recommend_says_what_a_budget_buys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """5 C^-0.1 at 1e14; a budget that is none is one sentence and writes nothing."""
     table, found = tmp_path / "table.csv", tmp_path / "advice.json"

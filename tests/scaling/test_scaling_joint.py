@@ -1,6 +1,7 @@
 """Joint laws: known optima, exact recovery, gradients against differences, refusals and cautions."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,29 @@ def test_a_law_by_which_less_is_better_spends_nothing() -> None:
     worse = losses("chinchilla", data, 0.002) + 0.002 * data["h"] ** 0.5
     with pytest.raises(TableError, match="no best use of a budget: its exponent gamma is -"):
         allocate(fit_joint("history", data, worse), [1e14], cost=Cost(7.0, {"n": 1.0, "d": 0.9, "h": 0.5}))
+
+
+def test_a_law_that_hardly_moves_with_a_size_spends_nothing() -> None:
+    data = runs()
+    fit = fit_joint("chinchilla", data, losses("chinchilla", data), "lsq-log")
+    with pytest.raises(TableError, match=r"no best use of a budget: its exponent beta is 0\.004"):
+        allocate(replace(fit, params={**fit.params, "beta": 0.004}), [1e14])
+
+
+def test_a_term_whose_coefficient_no_number_holds_is_spent_on() -> None:
+    """A kink: the smallest of four sizes is too small, and beyond it parameters are worth nothing."""
+    data = {**runs(), "n": np.tile([7e3, 1.4e4, 2.8e4, 5.6e4], 15)}
+    model = Model(LAWS["history"], data)
+    theta = np.array([-70.0, -1.5, -2.0, -0.5, 80.0, 0.3, 0.4])
+    assert model.natural(theta[None])["A"] == np.inf
+    fit = replace(fit_joint("history", data, model.at(theta[None])[0], "lsq-log"), theta=theta)
+    cost = Cost(7.0, {"n": 1.0, "d": 0.9, "h": 0.5})
+    plan = allocate(fit, [1e12], cost=cost)
+    assert 7e3 < plan.best["n"][0] < 1.4e4
+    at = {name: plan.best[name] for name in "ndh"}
+    np.testing.assert_allclose(fit.at(at), plan.loss, rtol=1e-9)
+    for factor in (0.9, 1.1):
+        assert fit.at({**at, "n": at["n"] * factor, "d": at["d"] * factor ** (-1 / 0.9)})[0] > plan.loss[0]
 
 
 def test_draws_by_which_less_is_better_give_no_limits() -> None:
