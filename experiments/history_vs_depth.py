@@ -73,7 +73,8 @@ def _advised(advice: scaling.Advice) -> str:
         parts.append(f"{value:.2g} {name}{known}")
     limits = advice.interval
     expected = f"{advice.metric:.4f}" + (f" ({limits[0]:.4f} to {limits[1]:.4f} for one run)" if limits else "")
-    return f"{', '.join(parts)}; expected NE {expected}; by {advice.law}"
+    why = "".join(f" ({warning.text})" for warning in advice.warnings if warning.code == "no_optimum")
+    return f"{', '.join(parts)}; expected NE {expected}; by {advice.law}{why}"
 
 
 def _study(ladder: Ladder) -> Study:

@@ -204,9 +204,10 @@ def _cautions(model: Model, data: Data, y: FloatArray, theta: FloatArray, condit
                 text = f"{how}: their terms cannot be told apart"
                 found.append(Warn("degenerate_design", text))
     smallest = 1e-4 * float(y.min())
-    for name, value in zip(law.coefficients, theta):
+    for term, value in zip(law.terms, theta):
         if np.exp(value) < smallest:
-            found.append(Warn("at_bound", f"the term of {name} is as good as zero in the middle of these runs"))
+            vanished = f"the term of {term.coefficient} is as good as zero in the middle of these runs"
+            found.append(Warn("at_bound", vanished if term.variable else "E is at its bound of zero"))
     for name, value in zip(law.params[len(law.coefficients) :], theta[len(law.coefficients) :]):
         if name in law.exponents and not LEAST_EXPONENT < value < 3.0:
             found.append(Warn("at_bound", f"the exponent {name} = {value:.3g} describes no power law of these runs"))

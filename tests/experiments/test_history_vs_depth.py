@@ -33,13 +33,16 @@ def _rows(gain_of_history: float) -> list[dict[str, Any]]:
     return rows
 
 
-def test_the_conclusion_spends_a_budget_on_what_the_law_says_pays(tmp_path: Path) -> None:
-    rows = _rows(0.5)
-    with (tmp_path / "results.csv").open("w", newline="") as file:
+def _said(out: Path, rows: list[dict[str, Any]]) -> list[str]:
+    with (out / "results.csv").open("w", newline="") as file:
         table = csv.DictWriter(file, list(rows[0]))
         table.writeheader()
         table.writerows(rows)
-    said = spent_best(tmp_path, rows)
+    return spent_best(out, rows)
+
+
+def test_the_conclusion_spends_a_budget_on_what_the_law_says_pays(tmp_path: Path) -> None:
+    said = _said(tmp_path, _rows(0.5))
     assert len(said) == 3
     assert all(line.startswith("hstu with ") for line in said)
     # At the best, c e x^-e / p is alike for all three: 1.5 n^-0.5 = 10 d^-0.5 = (0.5 / 0.6) h^-0.5.
@@ -48,6 +51,13 @@ def test_the_conclusion_spends_a_budget_on_what_the_law_says_pays(tmp_path: Path
     assert max(slopes) < 1.05 * min(slopes)
     for text in (f"{n:.2g} dense parameters (", f"{d:.2g} targets (", f"{h:.2g} events in view ("):
         assert text in said[1]
+
+
+def test_where_less_history_is_always_better_the_conclusion_says_why_it_follows_the_best_trials(tmp_path: Path) -> None:
+    said = _said(tmp_path, _rows(-0.5))
+    assert len(said) == 3
+    for line in said:
+        assert "best configurations (the law has no best use of a budget: its exponent gamma is -" in line
 
 
 def test_without_trials_there_is_nothing_to_say(tmp_path: Path) -> None:
