@@ -8,7 +8,7 @@ are evaluated on the same impressions, whatever N. On a synthetic world the page
 Small: N from 8 to 128, 10 trials, about two minutes with two workers on two cores. Medium: 16 to 512, two seeds.
 Large: 64 to 4096.
 
-Expect both to gain to 64 events on MovieLens-1M, and DLRM beyond; on the synthetic world, at this budget, neither.
+Expect both to gain up to 128 events on MovieLens-1M; on a synthetic world up to where its Bayes NE stops to fall.
 """
 
 import sys
